@@ -1,0 +1,66 @@
+"""memrt: a memory-efficient training runtime for PyTorch.
+
+``import memrt`` is cheap: public names load their modules on first use, so that neither transformers,
+triton nor CUDA is touched before it is needed.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# pyproject's package-dir puts memrt.kernels, memrt.optimizers and memrt.profiling here when memrt is
+# installed; in a checkout they lie one folder up, beside memrt/.
+_here = Path(__file__).parent
+if not (_here / "kernels").is_dir():
+    __path__.append(str(_here.parent))
+
+if TYPE_CHECKING:
+    from memrt.arguments import TrainingArguments
+    from memrt.loading import load
+    from memrt.planning import plan
+    from memrt.registry import register
+    from memrt.session import Session, prepare
+    from memrt.strategy import Attachment, Strategy
+    from memrt.trainer import MemoryMixin, Trainer
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Attachment": "memrt.strategy",
+    "MemoryMixin": "memrt.trainer",
+    "Session": "memrt.session",
+    "Strategy": "memrt.strategy",
+    "Trainer": "memrt.trainer",
+    "TrainingArguments": "memrt.arguments",
+    "load": "memrt.loading",
+    "plan": "memrt.planning",
+    "prepare": "memrt.session",
+    "register": "memrt.registry",
+}
+
+__all__ = [
+    "Attachment",
+    "MemoryMixin",
+    "Session",
+    "Strategy",
+    "Trainer",
+    "TrainingArguments",
+    "__version__",
+    "load",
+    "plan",
+    "prepare",
+    "register",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _PUBLIC.get(name)
+    if module is None:
+        raise AttributeError(f"module 'memrt' has no attribute {name!r}")
+    return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The strategies that memrt ships: one technique, one file."""
