@@ -1,7 +1,7 @@
 """memrt: a memory-efficient training runtime for PyTorch.
 
-``import memrt`` is cheap: public names load their modules on first use, so that neither transformers,
-triton nor CUDA is touched before it is needed.
+``import memrt`` is cheap: public names load their modules on first use, so that neither
+transformers, triton nor CUDA is touched before it is needed.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# pyproject's package-dir puts memrt.kernels, memrt.optimizers and memrt.profiling here when memrt is
-# installed; in a checkout they lie one folder up, beside memrt/.
+# pyproject's package-dir puts memrt.kernels, memrt.optimizers and memrt.profiling here when memrt
+# is installed; in a checkout they lie one folder up, beside memrt/.
 _here = Path(__file__).parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))

@@ -1,0 +1,37 @@
+"""Errors that a user can cause: one sentence that names the argument, the value and the remedy."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["ConflictError", "nearest", "unknown_name"]
+
+
+class ConflictError(ValueError):
+    """Strategies or trainer settings that cannot work together; lists every conflict found."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = list(problems)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(
+            f"these strategies cannot run together ({count}):\n"
+            + "\n".join(f"  - {problem}" for problem in problems)
+        )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint `; did you mean 'x'?`, or nothing when no known name is close."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not known: says which are, and which is nearest."""
+    known = sorted(known)
+    return ValueError(
+        f"unknown {kind} {name!r}{nearest(name, known)} (known: {', '.join(known) or 'none'})"
+    )

@@ -1,0 +1,63 @@
+"""Composing the one optimizer of a run from the rules that strategies give."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from memrt.strategy import Rule, Slot
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from memrt.structure import RunSettings
+
+__all__ = ["build_optimizer", "first_match"]
+
+
+def first_match(
+    rules: Sequence[Rule], slot: Slot, name: str, parameter: nn.Parameter
+) -> Rule | None:
+    """The rule that fills a slot for a parameter; the first match wins."""
+    for rule in rules:
+        if rule.slot is slot and rule.match(name, parameter):
+            return rule
+    return None
+
+
+def build_optimizer(
+    rules: Sequence[Rule], groups: list[dict[str, Any]], settings: RunSettings
+) -> tuple[torch.optim.Optimizer, dict[nn.Parameter, Any]]:
+    """AdamW with the state formats and projections that the rules give, and the projections.
+
+    `groups` hold `params` as (name, parameter) pairs. Without rules it is torch's fused AdamW.
+    """
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "betas": settings.betas,
+        "eps": settings.epsilon,
+        "weight_decay": settings.weight_decay,
+    }
+    if not rules:
+        plain = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
+        return torch.optim.AdamW(plain, fused=True, **options), {}
+    from memrt.optimizers.adamw import AdamW
+
+    projections: dict[nn.Parameter, Any] = {}
+    composed: list[dict[str, Any]] = []
+    for group in groups:
+        by_format: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in group["params"]:
+            state_format = first_match(rules, Slot.STATE_FORMAT, name, parameter)
+            label = state_format.build(name, parameter) if state_format else "float32"
+            by_format.setdefault(label, []).append(parameter)
+            projection = first_match(rules, Slot.PROJECTION, name, parameter)
+            if projection is not None:
+                projections[parameter] = projection.build(name, parameter)
+        composed.extend(
+            {**group, "params": parameters, "state_format": label}
+            for label, parameters in by_format.items()
+        )
+    return AdamW(composed, projections=projections, **options), projections

@@ -1,0 +1,447 @@
+"""The session: attaches strategies to a model and drives their doors. The only object that does.
+
+It is also the `run` that strategies are handed. A plain loop uses it through `prepare`:
+
+    run = memrt.prepare(model, ["galore(rank=128)", "activation_checkpoint"], lr=1e-3)
+    for window in batches:                      # the micro-batches of one optimizer step
+        for batch in window:
+            with run.micro_batch(last=batch is window[-1]):
+                run.backward(loss_of(model, batch) / len(window))
+        run.step()
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from memrt import registry
+from memrt.compose import check_all
+from memrt.head import install_head
+from memrt.optimizer_slots import build_optimizer
+from memrt.places import Mover
+from memrt.saved import SavedTensorChain
+from memrt.strategy import Attachment, Slot, Strategy
+from memrt.structure import Facts, RunSettings, discover
+from memrt.surgery import Surgery
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from memrt.profiling.accounts import Account, Place
+    from memrt.profiling.ledger import Ledger
+    from memrt.strategy import Rule
+
+__all__ = ["Session", "prepare"]
+
+STATE_VERSION = 1
+
+
+class Session:
+    """One model, its strategies and its run.
+
+    Attaching is all or nothing: conflicts and refusals raise before the model is touched, and a
+    failure while attaching undoes what was done.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strategies: Sequence[Strategy],
+        *,
+        settings: RunSettings | None = None,
+        ledger: Ledger | None = None,
+        probe_batches: Callable[[int], Iterable[Any]] | None = None,
+    ) -> None:
+        self.model = model
+        self.strategies = list(strategies)
+        self.ledger = ledger
+        self.facts = Facts(
+            model=model, structure=discover(model), settings=settings or RunSettings()
+        )
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.step_index = 0
+        self.micro_batch_index = 0
+        self.last_micro_batch = True
+        self._in_step = False
+        self._probe_batches = probe_batches
+        self._parked: dict[str, dict[str, Any]] = {}
+        self._projections: dict[nn.Parameter, Any] = {}
+        check_all(self.strategies, self.facts)
+        self._surgery = Surgery(model)
+        self._mover = Mover(model, ledger)
+        self.attachments: list[Attachment] = []
+        try:
+            for strategy in self.strategies:
+                with self._owned_by(strategy.name):
+                    self.attachments.append(strategy.attach(self))
+        except BaseException:
+            self.detach()
+            raise
+        self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        self._saved = SavedTensorChain(self.attachments, model, ledger)
+        self._backward_owner = self._owner_of(Slot.BACKWARD)
+        head_owner = self._owner_of(Slot.HEAD)
+        if head_owner is not None:
+            install_head(self, head_owner)
+        if ledger is not None:
+            with ledger.phase("load"):
+                ledger.register_model(model)
+
+    # ---------------------------------------------------------------- what strategies call
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return next(self.model.parameters()).device
+
+    def replace(self, fqn: str, module: nn.Module) -> None:
+        """Put another module in a module's place; undone by `detach`."""
+        self._surgery.replace(fqn, module)
+
+    def recast(self, fqn: str, cls: type[nn.Module]) -> None:
+        """Change a module's class in place (names, state and identity stay); undone by `detach`."""
+        self._surgery.recast(fqn, cls)
+
+    def move(self, tensor: Tensor, place: Place | str) -> Tensor:
+        """A copy of `tensor` in `place`. On CPU and fake runs it copies and marks the storage."""
+        return self._mover.move(tensor, place)
+
+    def account(self, tensor: Tensor, account: Account, *, owner: str) -> None:
+        """Book a tensor in the ledger, if there is one."""
+        if self.ledger is not None:
+            self.ledger.tag(tensor, account, owner=owner)
+
+    def activate(self, names: Iterable[str], *, park: Place | str | None = None) -> None:
+        """Train exactly these of the model's trainable parameters from now on.
+
+        What leaves loses its gradient, and its optimizer state is dropped or, with `park`, moved
+        there until it comes back.
+        """
+        wanted = set(names)
+        unknown = wanted - self._trainable
+        if unknown:
+            raise ValueError(f"activate: {sorted(unknown)[0]!r} is not a trainable parameter")
+        for name, parameter in self.model.named_parameters():
+            if name not in self._trainable:
+                continue
+            if name in wanted and not parameter.requires_grad:
+                parameter.requires_grad_(True)
+                self._restore_state(name, parameter)
+            elif name not in wanted and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+                self._release_state(name, parameter, park)
+
+    def probe(self, count: int) -> list[Any]:
+        """`count` batches of the held-out set that the user named; the loader is not advanced."""
+        if self._probe_batches is None:
+            raise ValueError(
+                "a strategy wants to look at held-out data, and none was named; "
+                "pass probe_dataset=... to the Trainer or probe_batches=... to prepare"
+            )
+        batches = list(self._probe_batches(count))
+        if len(batches) < count:
+            raise ValueError(f"the probe set has {len(batches)} batches, {count} are needed")
+        return batches
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """The model's loss on one probe batch, with the global RNG left as it was."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), self._phase("probe"):
+            output = self.model(**batch)
+        loss: Tensor = output["loss"] if isinstance(output, dict) else output[0]
+        return loss
+
+    # ---------------------------------------------------------------- what loops call
+
+    def begin_step(self) -> None:
+        """Open an optimizer step; `micro_batch` does it by itself."""
+        if self._in_step:
+            return
+        self._in_step = True
+        self.micro_batch_index = 0
+        for attachment in self.attachments:
+            with self._owned_by(attachment.name):
+                attachment.before_step(self.step_index)
+
+    @contextmanager
+    def micro_batch(self, *, last: bool = True) -> Iterator[None]:
+        """Around forward and backward of one micro-batch; `last` closes the accumulation window."""
+        self.begin_step()
+        self.last_micro_batch = last
+        with ExitStack() as stack:
+            if self.ledger is not None:
+                self.ledger.forget_sequence()
+                stack.enter_context(self.ledger.phase("forward", step=self.step_index))
+            for attachment in self.attachments:
+                stack.enter_context(attachment.around_micro_batch())
+            stack.enter_context(self._saved.hooks())
+            yield
+        self.micro_batch_index += 1
+        self._book()
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of a micro-batch's loss (divide it by the window's length before)."""
+        if self._backward_owner is not None:
+            raise ValueError(
+                f"strategy {self._backward_owner.name!r} replaces backward; "
+                "call run.train_micro_batch instead of run.backward"
+            )
+        torch.autograd.backward(loss)
+
+    def train_micro_batch(self, forward: Callable[[], Tensor], *, last: bool = True) -> Tensor:
+        """Forward and backward of one micro-batch in one call; any strategy may own them."""
+        with self.micro_batch(last=last):
+            if self._backward_owner is not None:
+                return self._backward_owner.micro_batch(forward)
+            loss = forward()
+            self.backward(loss)
+            return loss.detach()
+
+    def step(self) -> Tensor | None:
+        """Clip if `max_grad_norm` is set, update, clear gradients. Returns the norm if clipped."""
+        if self.optimizer is None:
+            raise RuntimeError("the session has no optimizer; use memrt.prepare or adopt_optimizer")
+        if not self._in_step:
+            raise RuntimeError("step() without a micro_batch before it: there is nothing to apply")
+        norm = None
+        with self._phase("step"):
+            if self.facts.settings.max_grad_norm > 0:
+                norm = self.clip_gradients(self.facts.settings.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.end_step()
+        return norm
+
+    def end_step(self) -> None:
+        """Close an optimizer step: `after_step` of every strategy in reverse phase order."""
+        if not self._in_step:
+            return
+        for attachment in reversed(self.attachments):
+            attachment.after_step(self.step_index)
+        self._in_step = False
+        self.step_index += 1
+
+    # ---------------------------------------------------------------- gradients
+
+    @property
+    def has_hidden_gradients(self) -> bool:
+        """Whether a strategy keeps gradients outside `.grad`."""
+        base = Attachment.squared_gradient_norm
+        return any(type(a).squared_gradient_norm is not base for a in self.attachments)
+
+    def gradient_norm(self) -> Tensor:
+        """Global L2 norm of this step's gradient, hidden gradients included (0-dim fp32)."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients, foreach=True).float().to(self.device)
+        hidden = [a.squared_gradient_norm() for a in self.attachments]
+        squares = [square for square in hidden if square is not None]
+        if not squares:
+            return norm
+        return torch.stack([norm.square(), *squares]).sum().sqrt()
+
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Scale every gradient so that the global norm is at most `max_norm`; returns the norm."""
+        norm = self.gradient_norm()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+        if self.has_hidden_gradients:
+            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # torch's clipping formula
+            for attachment in self.attachments:
+                attachment.scale_gradients(factor)
+        return norm
+
+    # ---------------------------------------------------------------- optimizer
+
+    def rules(self) -> list[Rule]:
+        """The optimizer parts that strategies give, in phase order."""
+        return [rule for attachment in self.attachments for rule in attachment.rules()]
+
+    def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The one optimizer of this run, composed from the strategies' rules.
+
+        `groups` are torch's parameter groups, with `params` a list of (name, parameter).
+        """
+        optimizer, self._projections = build_optimizer(self.rules(), groups, self.facts.settings)
+        return optimizer
+
+    def adopt_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drive this optimizer: its state follows `activate`, and the ledger sees its step."""
+        self.optimizer = optimizer
+        if self.ledger is not None:
+            stack = ExitStack()
+
+            def before(*_: Any) -> None:
+                stack.close()
+                stack.enter_context(self._phase("step"))
+
+            def after(*_: Any) -> None:
+                stack.close()
+                self._book()
+
+            optimizer.register_step_pre_hook(before)
+            optimizer.register_step_post_hook(after)
+
+    def _release_state(self, name: str, parameter: nn.Parameter, park: Place | str | None) -> None:
+        state = self.optimizer.state.pop(parameter, None) if self.optimizer is not None else None
+        if park is None:
+            if parameter in self._projections:
+                self._projections[parameter].forget()
+        elif state:
+            self._parked[name] = self._moved(state, park)
+
+    def _restore_state(self, name: str, parameter: nn.Parameter) -> None:
+        state = self._parked.pop(name, None)
+        if state is not None and self.optimizer is not None:
+            self.optimizer.state[parameter] = self._moved(state, "device")
+
+    def _moved(self, state: Mapping[str, Any], place: Place | str) -> dict[str, Any]:
+        return {
+            key: self.move(value, place) if isinstance(value, Tensor) else value
+            for key, value in state.items()
+        }
+
+    # ---------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beside the model: optimizer, strategies, parked state. Plain tensors only."""
+        state = self.strategy_state()
+        if self.optimizer is not None:
+            state["optimizer"] = self.optimizer.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, strategies first, then the optimizer."""
+        self.load_strategy_state(state)
+        if self.optimizer is not None and "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def strategy_state(self) -> dict[str, Any]:
+        """The part of the state that is not the optimizer's own."""
+        return {
+            "version": STATE_VERSION,
+            "step": self.step_index,
+            "settings": [strategy.to_json() for strategy in self.strategies],
+            "strategies": {a.name: a.state_dict() for a in self.attachments},
+            "parked": {name: dict(state) for name, state in self._parked.items()},
+        }
+
+    def load_strategy_state(self, state: dict[str, Any]) -> None:
+        """Restore `strategy_state`; refuses the state of another stack of strategies."""
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"strategy state has version {state.get('version')!r}, this memrt reads "
+                f"{STATE_VERSION}; resume with the memrt that wrote it"
+            )
+        saved = sorted(state["strategies"])
+        here = sorted(a.name for a in self.attachments)
+        if saved != here:
+            raise ValueError(
+                f"the checkpoint was written with strategies {saved}, this run has {here}; "
+                "resume with the same strategies"
+            )
+        self.step_index = int(state["step"])
+        self._parked = {name: self._moved(s, "host") for name, s in state["parked"].items()}
+        for attachment in self.attachments:
+            with self._owned_by(attachment.name):
+                attachment.load_state_dict(state["strategies"][attachment.name])
+
+    def detach(self) -> None:
+        """Leave the model as it was found: modules, classes, hooks, `requires_grad`."""
+        for attachment in reversed(self.attachments):
+            attachment.detach()
+        self.attachments = []
+        self._surgery.undo()
+        if self.ledger is not None:
+            self.ledger.close()
+
+    def export(self) -> nn.Module:
+        """Detach, and return the model in a form that plain transformers loads."""
+        attachments = list(self.attachments)
+        for attachment in reversed(attachments):
+            attachment.export(self.model)
+        self.detach()
+        return self.model
+
+    # ---------------------------------------------------------------- helpers
+
+    def _owner_of(self, slot: Slot) -> Attachment | None:
+        for attachment in self.attachments:
+            if any(claim.slot is slot for claim in attachment.settings.claims(self.facts)):
+                return attachment
+        return None
+
+    def _owned_by(self, owner: str) -> AbstractContextManager[None]:
+        return self.ledger.owned_by(owner) if self.ledger is not None else nullcontext()
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        if self.ledger is None:
+            return nullcontext()
+        return self.ledger.phase(name, step=self.step_index)
+
+    def _book(self) -> None:
+        """Book gradients, optimizer state and the strategies' own tensors in the ledger."""
+        if self.ledger is None:
+            return
+        self.ledger.book_gradients(self.model)
+        if self.optimizer is not None:
+            self.ledger.book_optimizer(self.optimizer)
+        for attachment in self.attachments:
+            for tensor, account in attachment.tensors():
+                self.ledger.tag(tensor, account, owner=attachment.name)
+
+
+def prepare(
+    model: nn.Module,
+    strategies: Sequence[str | Strategy | Mapping[str, Any]] = (),
+    *,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 0.0,
+    accumulation_steps: int = 0,
+    seed: int = 42,
+    optimizer: torch.optim.Optimizer | None = None,
+    ledger: Ledger | None = None,
+    probe_batches: Callable[[int], Iterable[Any]] | None = None,
+) -> Session:
+    """Attach strategies to any `nn.Module` for a plain loop, with AdamW as the update rule.
+
+    `accumulation_steps=0` says that the loop decides window by window. `optimizer` replaces the
+    built one and is refused when a strategy brings a part of the optimizer.
+    """
+    settings = RunSettings(
+        learning_rate=lr,
+        betas=betas,
+        epsilon=eps,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        accumulation_steps=accumulation_steps,
+        optimizer="adamw" if optimizer is None else type(optimizer).__name__,
+        seed=seed,
+    )
+    run = Session(
+        model,
+        registry.parse_all(strategies),
+        settings=settings,
+        ledger=ledger,
+        probe_batches=probe_batches,
+    )
+    if optimizer is None:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        optimizer = run.build_optimizer([{"params": named, "weight_decay": weight_decay}])
+    elif run.rules():
+        run.detach()
+        raise ValueError(
+            f"optimizer={type(optimizer).__name__} cannot be combined with "
+            f"{', '.join(s.name for s in run.strategies)}, which bring parts of the optimizer; "
+            "leave optimizer out and pass lr, betas, eps, weight_decay"
+        )
+    run.adopt_optimizer(optimizer)
+    return run

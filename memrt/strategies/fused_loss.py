@@ -1,0 +1,101 @@
+"""Head and cross-entropy in chunks of tokens: the logits of the whole batch never exist.
+
+For `chunk_tokens` tokens at a time the head's logits [chunk, vocabulary] are made, turned into loss
+and gradient, and dropped. Workspace falls from about 3 × tokens × vocabulary × 4 bytes (logits,
+their log-softmax, their gradient) to one chunk of it; a trainable head in low precision adds an
+fp32 accumulator of its gradient unless `accumulate="weight"`. The loss is divided by the number of
+labels of the whole batch, never of a chunk. Evaluation and prediction see logits as ever. The idea
+is Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989; here of ordinary operators, one path
+on every device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from memrt.head import check_head
+from memrt.kernels.linear_cross_entropy import linear_cross_entropy
+from memrt.profiling.accounts import Account
+from memrt.registry import register
+from memrt.strategy import Attachment, Claim, Phase, Slot, Strategy
+
+if TYPE_CHECKING:
+    from memrt.session import Session
+    from memrt.structure import Facts
+
+__all__ = ["FusedLoss"]
+
+ACCUMULATE = ("float32", "weight")
+
+
+@register
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FusedLoss(Strategy):
+    """Settings.
+
+    chunk_tokens: tokens whose logits exist at a time.
+    accumulate: dtype in which the head's gradient is summed over chunks: "float32" or "weight".
+    """
+
+    name: ClassVar[str] = "fused_loss"
+    phase: ClassVar[Phase] = Phase.HEAD
+    lowers: ClassVar[tuple[Account, ...]] = (Account.WORKSPACE,)
+
+    chunk_tokens: int = 256
+    accumulate: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens={self.chunk_tokens!r}: must be 1 or more")
+        if self.accumulate not in ACCUMULATE:
+            raise ValueError(f"accumulate={self.accumulate!r}: use one of {', '.join(ACCUMULATE)}")
+
+    def check(self, facts: Facts) -> None:
+        """Needs a causal or masked language model whose head is a linear layer."""
+        check_head(facts)
+
+    def claims(self, facts: Facts) -> list[Claim]:
+        """Head and loss."""
+        return [Claim(slot=Slot.HEAD)]
+
+    def attach(self, run: Session) -> Attachment:
+        """The session routes training with labels here."""
+        return _FusedLoss(self, run)
+
+
+class _FusedLoss(Attachment):
+    settings: FusedLoss
+
+    def __init__(self, settings: FusedLoss, run: Session) -> None:
+        super().__init__(settings, run)
+        structure, config = run.facts.structure, run.facts.config
+        assert structure.head is not None
+        head = run.model.get_submodule(structure.head)
+        assert isinstance(head, nn.Linear)
+        self._head = head
+        self._softcap: float | None = _config_value(config, structure.family.softcap_key)
+        scale: float | None = _config_value(config, structure.family.scale_key)
+        self._scale = 1.0 if scale is None else float(scale)
+        if structure.family.divide_by_scale:
+            self._scale = 1.0 / self._scale
+
+    def loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
+        """Cross-entropy of `hidden` [..., hidden] against `labels` [...], in chunks."""
+        return linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),  # [tokens, hidden]
+            self._head.weight,
+            labels.reshape(-1).to(hidden.device),
+            bias=self._head.bias,
+            num_items=num_items,
+            softcap=self._softcap,
+            logit_scale=self._scale,
+            chunk_tokens=self.settings.chunk_tokens,
+            accumulate="float32" if self.settings.accumulate == "float32" else "weight",
+        )
+
+
+def _config_value(config: Any, key: str | None) -> float | None:
+    return None if key is None else getattr(config, key, None)

@@ -1,0 +1,128 @@
+"""LISA: train embeddings, head and a few random layers, and draw other layers every few steps.
+
+Every `every` optimizer steps, `layers` of the L repeated layers are drawn uniformly without
+replacement; they train together with everything outside the layers (embeddings, final norm, head),
+the other layers are frozen. Gradients and optimizer state exist for what trains now only: with
+T = (parameters outside the layers) + `layers` × (parameters of a layer), AdamW's state is 8 T bytes
+and never more, because the state of a layer that leaves is freed (`parked="no"`) or waits on the
+host (`parked="host"`, which keeps its moments for the next time). A layer whose state was freed
+starts its bias correction anew. Costs nothing in time; no gradient is rescaled. Pan et al. 2024, arXiv
+2403.17919 (NeurIPS 2024). With `layers` = L and parked state it is AdamW, bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from memrt.profiling.accounts import Account
+from memrt.registry import register
+from memrt.strategy import EVERYTHING, Attachment, Claim, Phase, Promise, Slot, Strategy
+
+if TYPE_CHECKING:
+    from memrt.session import Session
+    from memrt.structure import Facts
+
+__all__ = ["Lisa"]
+
+PARKED = ("no", "host", "disk")
+
+
+@register
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lisa(Strategy):
+    """Settings (defaults of LMFlow, the authors' code).
+
+    layers: how many layers train at a time.
+    every: optimizer steps between two draws.
+    embeddings: whether everything outside the layers trains too.
+    parked: where the optimizer state of a layer that leaves goes: "no" (freed), "host", "disk".
+    seed: of the strategy's own generator.
+    """
+
+    name: ClassVar[str] = "lisa"
+    phase: ClassVar[Phase] = Phase.TRAINABLE
+    lowers: ClassVar[tuple[Account, ...]] = (Account.GRADIENTS, Account.OPTIMIZER)
+    breaks: ClassVar[frozenset[Promise]] = frozenset({Promise.EVERY_PARAMETER_GETS_A_GRADIENT})
+
+    layers: int = 2
+    every: int = 20
+    embeddings: bool = True
+    parked: str = "no"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for option in ("layers", "every"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{option}={value!r}: must be a whole number, 1 or more")
+        if self.parked not in PARKED:
+            raise ValueError(f"parked={self.parked!r}: use one of {', '.join(PARKED)}")
+
+    @property
+    def uniform_layers(self) -> bool:
+        """Active and frozen layers are treated differently."""
+        return False
+
+    def check(self, facts: Facts) -> None:
+        """Needs enough repeated layers with trainable parameters."""
+        count = len(facts.structure.layer_names)
+        if not count:
+            raise ValueError(f"{type(facts.model).__name__} has no list of repeated layers to draw")
+        if self.layers > count:
+            raise ValueError(
+                f"layers={self.layers} is more than the {count} layers of this model; lower it"
+            )
+        inside = [n for n, _ in facts.parameters() if facts.structure.layer_of(n) is not None]
+        if not inside:
+            raise ValueError("no layer has a trainable parameter; LISA needs layers to draw from")
+
+    def claims(self, facts: Facts) -> list[Claim]:
+        """What trains."""
+        return [Claim(slot=Slot.ACTIVE_SET, scope=EVERYTHING)]
+
+    def attach(self, run: Session) -> Attachment:
+        """The optimizer is built over all parameters; the first draw comes before step 0."""
+        return _Draws(self, run)
+
+
+class _Draws(Attachment):
+    settings: Lisa
+
+    def __init__(self, settings: Lisa, run: Session) -> None:
+        super().__init__(settings, run)
+        structure = run.facts.structure
+        self._layers: dict[str, list[str]] = {name: [] for name in structure.layer_names}
+        self._outside: list[str] = []
+        for name, _ in run.facts.parameters():
+            layer = structure.layer_of(name)
+            (self._outside if layer is None else self._layers[layer]).append(name)
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self.active: list[int] = []
+
+    def before_step(self, step: int) -> None:
+        """Draw at the start of every interval."""
+        if step % self.settings.every == 0:
+            order = torch.randperm(len(self._layers), generator=self._generator)
+            self._activate(sorted(order[: self.settings.layers].tolist()))
+
+    def _activate(self, active: list[int]) -> None:
+        self.active = active
+        layers = list(self._layers.values())
+        names = [name for index in active for name in layers[index]]
+        if self.settings.embeddings:
+            names += self._outside
+        parked = self.settings.parked
+        self.run.activate(names, park=None if parked == "no" else parked)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The active layers and the generator."""
+        return {"active": list(self.active), "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on in the middle of an interval."""
+        self._generator.set_state(state["generator"].cpu())
+        if state["active"]:
+            self._activate([int(index) for index in state["active"]])

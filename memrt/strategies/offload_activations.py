@@ -1,0 +1,98 @@
+"""Activation offload: what autograd saves waits on the host and comes back in backward.
+
+Exact: bits are copied, not changed. Saved tensors of at least `min_bytes` leave the device; the
+device keeps one of them at a time while its backward runs. Host memory grows by the same bytes
+(pinned on CUDA). A tensor that several operators save is moved out once and back once for each of
+them, so traffic is the saved bytes times two or more: it pays together with activation
+checkpointing, where only layer inputs move (2 × layers × tokens × hidden elements a micro-batch).
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import ref
+
+from torch import Tensor, UntypedStorage
+
+from memrt.profiling.accounts import Account
+from memrt.registry import register
+from memrt.strategy import Attachment, Claim, Phase, Slot, Strategy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from memrt.session import Session
+    from memrt.structure import Facts
+
+__all__ = ["OffloadActivations"]
+
+PLACES = ("host", "disk")
+
+
+@register
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffloadActivations(Strategy):
+    """Settings.
+
+    place: where saved tensors wait: "host" or "disk" (memory-mapped files).
+    min_bytes: smaller tensors stay on the device (a transfer costs more than it frees).
+    """
+
+    name: ClassVar[str] = "offload_activations"
+    phase: ClassVar[Phase] = Phase.ACTIVATIONS
+    lowers: ClassVar[tuple[Account, ...]] = (Account.ACTIVATIONS,)
+    exact: ClassVar[bool] = True
+
+    place: str = "host"
+    min_bytes: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.place not in PLACES:
+            raise ValueError(f"place={self.place!r}: use one of {', '.join(PLACES)}")
+        if not isinstance(self.min_bytes, int) or self.min_bytes < 0:
+            raise ValueError(f"min_bytes={self.min_bytes!r}: must be a number of bytes, 0 or more")
+
+    def claims(self, facts: Facts) -> list[Claim]:
+        """The place of everything that autograd saves."""
+        return [Claim(slot=Slot.SAVED_PLACE)]
+
+    def attach(self, run: Session) -> Attachment:
+        """Nothing is changed in the model."""
+        return _Offload(self, run)
+
+
+class _Offload(Attachment):
+    settings: OffloadActivations
+
+    def __init__(self, settings: OffloadActivations, run: Session) -> None:
+        super().__init__(settings, run)
+        # view of a storage -> (that storage, its copy); weak, and the storage is compared because
+        # an address is used again once a storage is gone
+        self._copies: dict[Any, tuple[ref[UntypedStorage], ref[Tensor]]] = {}
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Copy the tensor away, unless it is small or not on the device."""
+        if tensor.numel() * tensor.element_size() < self.settings.min_bytes:
+            return tensor
+        if tensor.device != self.run.device:
+            return tensor
+        storage = tensor.untyped_storage()
+        key = (id(storage), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version)
+        known = self._copies.get(key)
+        copy = known[1]() if known is not None and known[0]() is storage else None
+        if copy is None or copy.dtype != tensor.dtype:
+            copy = self.run.move(tensor, self.settings.place)
+            self._copies[key] = (ref(storage), ref(copy))
+        return (copy,)
+
+    def unpack(self, packed: Any) -> Tensor:
+        """Copy it back."""
+        return self.run.move(packed[0], "device")
+
+    @contextmanager
+    def around_micro_batch(self) -> Iterator[None]:
+        """Forget the copies of a micro-batch when it is over."""
+        yield
+        self._copies.clear()

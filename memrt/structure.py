@@ -1,0 +1,222 @@
+"""Where a model keeps its layers, attention, MLP, embeddings and head, found by structure.
+
+No transformers import: repeated blocks are the longest lists of like modules, embeddings and head
+come from the model's own accessors or from module types. What structure cannot tell is *data*: a
+row of `FAMILIES`, keyed by `config.model_type`. Adding a family is adding a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["FAMILIES", "Facts", "Family", "LayerStack", "RunSettings", "Structure", "discover"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """What structure alone does not tell about a `model_type`."""
+
+    head_transform: str | None = None
+    """Module between the body's output and the head (BERT's prediction transform)."""
+    shifts_labels: bool = True
+    """Whether the head predicts the next token (causal) or the same one (masked)."""
+    softcap_key: str | None = None
+    """Config key of a soft cap on the logits."""
+    scale_key: str | None = None
+    """Config key of a factor on the logits."""
+    divide_by_scale: bool = False
+    """Whether the logits are divided by that factor instead."""
+
+
+FAMILIES: Mapping[str, Family] = {
+    "bert": Family(head_transform="cls.predictions.transform", shifts_labels=False),
+    "cohere": Family(scale_key="logit_scale"),
+    "cohere2": Family(scale_key="logit_scale"),
+    "gemma2": Family(softcap_key="final_logit_softcapping"),
+    "gemma3_text": Family(softcap_key="final_logit_softcapping"),
+    "granite": Family(scale_key="logits_scaling", divide_by_scale=True),
+}
+
+_ATTENTION_NAMES = ("attn", "attention")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerStack:
+    """One list of repeated blocks, such as `model.layers`."""
+
+    name: str
+    layers: tuple[nn.Module, ...]
+
+    def layer_name(self, index: int) -> str:
+        """Dotted name of one block."""
+        return f"{self.name}.{index}" if self.name else str(index)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Structure:
+    """Dotted names of the parts of a model."""
+
+    stacks: tuple[LayerStack, ...]
+    embeddings: tuple[str, ...]
+    head: str | None
+    body: str | None
+    tied: frozenset[str]
+    """Names of parameters whose storage another name shares (every name of each group)."""
+    family: Family = field(default_factory=Family)
+    model_type: str = ""
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Dotted names of every repeated block, in order."""
+        return [stack.layer_name(i) for stack in self.stacks for i in range(len(stack.layers))]
+
+    def layer_of(self, name: str) -> str | None:
+        """The block that holds the module or parameter `name`; None outside the blocks."""
+        for stack in self.stacks:
+            prefix = f"{stack.name}." if stack.name else ""
+            if name.startswith(prefix):
+                index = name[len(prefix) :].split(".", 1)[0]
+                if index.isdigit():
+                    return stack.layer_name(int(index))
+        return None
+
+    def is_attention(self, name: str) -> bool:
+        """Whether a module or parameter inside a block belongs to its attention."""
+        layer = self.layer_of(name)
+        if layer is None:
+            return False
+        inside = name[len(layer) + 1 :].lower()
+        return any(part in inside for part in _ATTENTION_NAMES)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """What the trainer or the plain loop was told; takes part in conflicts like a strategy."""
+
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    accumulation_steps: int = 1
+    """Micro-batches of one optimizer step; 0 means unknown (a plain loop decides as it goes)."""
+    optimizer: str = "adamw"
+    fp16: bool = False
+    data_parallel: bool = False
+    sharded: str | None = None
+    """`"fsdp"` or `"deepspeed"` when one of them owns the parameters."""
+    gradient_checkpointing: bool = False
+    label_smoothing: float = 0.0
+    custom_loss: bool = False
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate >= 0:
+            raise ValueError(f"lr={self.learning_rate!r}: the learning rate must be 0 or more")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas!r}: both must lie in [0, 1)")
+        if not self.epsilon > 0:
+            raise ValueError(f"eps={self.epsilon!r}: must be above 0")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay={self.weight_decay!r}: must be 0 or more")
+        if not self.max_grad_norm >= 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm!r}: must be 0 (off) or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a strategy's `check` and `claims` may look at; nothing in it may be changed."""
+
+    model: nn.Module
+    structure: Structure
+    settings: RunSettings
+
+    @property
+    def config(self) -> Any:
+        """The model's config, or None for a plain module."""
+        return getattr(self.model, "config", None)
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trainable parameters, one name per storage."""
+        return (item for item in self.model.named_parameters() if item[1].requires_grad)
+
+
+def _block_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Lists of two or more like blocks with parameters, outermost only."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) == 0:
+            continue
+        if any(name.startswith(f"{outer}.") or outer == "" for outer, _ in found):
+            continue
+        blocks = list(module.children())
+        alike = len({type(block) for block in blocks}) == 1
+        composite = all(any(True for _ in block.children()) for block in blocks)
+        if alike and composite and any(True for _ in blocks[0].parameters()):
+            found.append((name, module))
+    return found
+
+
+def _stacks(model: nn.Module) -> tuple[LayerStack, ...]:
+    lists = _block_lists(model)
+    # transformers marks its blocks with this attribute; prefer them to other lists of modules
+    marked = [item for item in lists if hasattr(next(item[1].children()), "gradient_checkpointing")]
+    chosen = marked or [
+        item
+        for item in lists
+        if len(list(item[1].children())) == max(len(list(other.children())) for _, other in lists)
+    ]
+    return tuple(LayerStack(name=name, layers=tuple(module.children())) for name, module in chosen)
+
+
+def _accessor(model: nn.Module, method: str) -> nn.Module | None:
+    get = getattr(model, method, None)
+    if get is None:
+        return None
+    try:
+        module = get()
+    except NotImplementedError:
+        return None
+    return module if isinstance(module, nn.Module) else None
+
+
+def _tied_names(model: nn.Module) -> frozenset[str]:
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return frozenset(name for group in groups.values() if len(group) > 1 for name in group)
+
+
+def discover(model: nn.Module) -> Structure:
+    """Find layers, embeddings, head and body of any model. Costs one walk over its modules."""
+    names = {id(module): name for name, module in model.named_modules()}
+    stacks = _stacks(model)
+    inside = {id(m) for stack in stacks for layer in stack.layers for m in layer.modules()}
+    embedding = _accessor(model, "get_input_embeddings")
+    head = _accessor(model, "get_output_embeddings")
+    embeddings = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and id(module) not in inside
+    ]
+    if embedding is not None and names.get(id(embedding)) not in embeddings:
+        embeddings.append(names[id(embedding)])
+    prefix = getattr(model, "base_model_prefix", "")
+    body = prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else None
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+    return Structure(
+        stacks=stacks,
+        embeddings=tuple(embeddings),
+        head=names[id(head)] if head is not None else None,
+        body=body,
+        tied=_tied_names(model),
+        family=FAMILIES.get(model_type, Family()),
+        model_type=model_type,
+    )
