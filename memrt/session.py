@@ -176,7 +176,7 @@ class Session:
         self.last_micro_batch = last
         with ExitStack() as stack:
             if self.ledger is not None:
-                self.ledger.forget_sequence()
+                self.ledger.begin_micro_batch()
                 stack.enter_context(self.ledger.phase("forward", step=self.step_index))
             for attachment in self.attachments:
                 stack.enter_context(attachment.around_micro_batch())

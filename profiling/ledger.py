@@ -82,6 +82,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._place: Place | None = None
         self._modules: list[str] = [""]
         self._sequence: list[int] = []
+        self._forward_since: int | None = None
         self._sequence_modules: list[str] = []
         self._region_key: tuple[int, str, str] | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -97,6 +98,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if func is torch.ops.prim.device.default:
             return func(*args)
+        if self._forward_since is not None and torch._C._current_graph_task_id() != -1:
+            self._book_kept()
         result = func(*args, **(kwargs or {}))
         if func.namespace == "memrt":
             self._count_workspace(func, args, kwargs or {})
@@ -280,10 +283,18 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._sequence.append(torch._C._autograd._get_sequence_nr())
             self._sequence_modules.append(self._modules[-1])
 
-    def forget_sequence(self) -> None:
-        """Drop the map from autograd nodes to modules (before a new micro-batch)."""
+    def begin_micro_batch(self) -> None:
+        """Drop the map from autograd nodes to modules; what is born from now on is its forward."""
         self._sequence.clear()
         self._sequence_modules.clear()
+        self._forward_since = self.timeline.now
+
+    def _book_kept(self) -> None:
+        """Backward begins: what the layers' forward left alive is kept for it (selective caches)."""
+        since, self._forward_since = self._forward_since or 0, None
+        for _, record in list(self._live.values()):
+            if record.birth >= since and not record.tags and _LAYER_INDEX.search(record.module):
+                self.timeline.tag(record, Account.ACTIVATIONS)
 
     def _where(self) -> tuple[str, str]:
         if torch._C._current_graph_task_id() == -1:

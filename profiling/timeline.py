@@ -115,6 +115,11 @@ class Timeline:
         """A storage belongs to an account from now on (from birth on, when it is the first tag)."""
         record.tags.append((len(self._events), account))
 
+    @property
+    def now(self) -> int:
+        """The instant of the next event."""
+        return len(self._events)
+
     # ---------------------------------------------------------------- questions
 
     def live_bytes(

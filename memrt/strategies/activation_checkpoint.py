@@ -48,9 +48,6 @@ OPERATORS: dict[str, tuple[str, ...]] = {
 }
 """Groups of operators whose outputs `selective` can keep."""
 
-# A cache that a layer writes would be written twice; training does not read it.
-_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
-
 
 @register
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +125,11 @@ def _selective_context(groups: tuple[str, ...]) -> Callable[[], Any]:
     return lambda: create_selective_checkpoint_contexts(policy)
 
 
+def _is_cache(value: Any) -> bool:
+    """A key-value cache: the layer would write it twice, and training does not read it."""
+    return hasattr(value, "update") and hasattr(value, "get_seq_length")
+
+
 def _checkpointed(kind: type[nn.Module], context: Callable[[], Any] | None) -> type[nn.Module]:
     options: dict[str, Any] = {"use_reentrant": False}
     if context is not None:
@@ -141,9 +143,8 @@ def _checkpointed(kind: type[nn.Module], context: Callable[[], Any] | None) -> t
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             if not (self.training and torch.is_grad_enabled()):
                 return plain(self, *args, **kwargs)
-            fixed = {
-                name: None if name in _CACHE_ARGUMENTS else value for name, value in kwargs.items()
-            }
+            args = tuple(None if _is_cache(value) else value for value in args)
+            fixed = {n: None if _is_cache(value) else value for n, value in kwargs.items()}
             # Tensors go in as positional arguments: only those pass the saved-tensor hooks, so
             # that other strategies and the ledger see them.
             names = [name for name, value in fixed.items() if isinstance(value, Tensor)]

@@ -6,16 +6,15 @@ the other layers are frozen. Gradients and optimizer state exist for what trains
 T = (parameters outside the layers) + `layers` × (parameters of a layer), AdamW's state is 8 T bytes
 and never more, because the state of a layer that leaves is freed (`parked="no"`) or waits on the
 host (`parked="host"`, which keeps its moments for the next time). A layer whose state was freed
-starts its bias correction anew. Costs nothing in time; no gradient is rescaled. Pan et al. 2024, arXiv
-2403.17919 (NeurIPS 2024). With `layers` = L and parked state it is AdamW, bit for bit.
+starts its bias correction anew. Costs nothing in time; no gradient is rescaled. Pan et al. 2024,
+arXiv 2403.17919 (NeurIPS 2024). With `layers` = L it is AdamW, bit for bit.
 """
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
-
-import torch
 
 from memrt.profiling.accounts import Account
 from memrt.registry import register
@@ -39,7 +38,7 @@ class Lisa(Strategy):
     every: optimizer steps between two draws.
     embeddings: whether everything outside the layers trains too.
     parked: where the optimizer state of a layer that leaves goes: "no" (freed), "host", "disk".
-    seed: of the strategy's own generator.
+    seed: of the draws, which are a function of it and the interval alone.
     """
 
     name: ClassVar[str] = "lisa"
@@ -99,14 +98,17 @@ class _Draws(Attachment):
         for name, _ in run.facts.parameters():
             layer = structure.layer_of(name)
             (self._outside if layer is None else self._layers[layer]).append(name)
-        self._generator = torch.Generator().manual_seed(settings.seed)
         self.active: list[int] = []
 
     def before_step(self, step: int) -> None:
         """Draw at the start of every interval."""
         if step % self.settings.every == 0:
-            order = torch.randperm(len(self._layers), generator=self._generator)
-            self._activate(sorted(order[: self.settings.layers].tolist()))
+            self._activate(self._draw(step // self.settings.every))
+
+    def _draw(self, interval: int) -> list[int]:
+        """Layers of an interval: a function of seed and interval, equal on every rank."""
+        generator = random.Random(f"{self.settings.seed}:{interval}")
+        return sorted(generator.sample(range(len(self._layers)), self.settings.layers))
 
     def _activate(self, active: list[int]) -> None:
         self.active = active
@@ -118,11 +120,10 @@ class _Draws(Attachment):
         self.run.activate(names, park=None if parked == "no" else parked)
 
     def state_dict(self) -> dict[str, Any]:
-        """The active layers and the generator."""
-        return {"active": list(self.active), "generator": self._generator.get_state()}
+        """The active layers."""
+        return {"active": list(self.active)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on in the middle of an interval."""
-        self._generator.set_state(state["generator"].cpu())
         if state["active"]:
             self._activate([int(index) for index in state["active"]])
