@@ -1,12 +1,12 @@
-"""Text to token ids and labels: the embedded text and tokenizer, and who is trained on.
+"""Text to token ids and labels: the embedded text and its tokenizer, and who is trained on.
 
-An example is ``input_ids [tokens]`` with ``labels [tokens]``: a label is the token's own id where the
-model is trained to produce it, and ``IGNORED_LABEL`` (-100, what PyTorch's cross-entropy skips) where it
-is given: the prompt, and every chat turn but the assistant's. Models shift labels by one themselves, so the
-label at position 0 is never used and an example trains something only if ``labels[1:]`` does.
+An example is ``input_ids [tokens]`` with ``labels [tokens]``: a label is the token's own id where
+the model is trained to produce it, and -100 (which PyTorch's cross-entropy skips) where it is
+given: the prompt, and every chat turn but the assistant's. Models shift labels by one themselves,
+so the label at position 0 is never used: an example trains something only if ``labels[1:]`` does.
 
-Costs 8 bytes a token while examples are being made (two int32). The default for a machine without data or
-network is real English, the language reference that CPython carries in ``pydoc_data.topics``, with a
+Costs 8 bytes a token while examples are made (two int32). The default for a machine without data or
+network is real English, the language reference that CPython carries in ``pydoc_data.topics``, and a
 byte-level BPE (Sennrich et al. 2016, over bytes as in GPT-2) trained on it within a second.
 """
 
@@ -76,16 +76,16 @@ class Encoded:
 
 
 def embedded_text() -> str:
-    """The topics of ``pydoc_data.topics`` in alphabetical order; the text varies with the Python version."""
+    """All of ``pydoc_data.topics`` in alphabetical order; it varies with the Python version."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name].strip("\n") for name in sorted(topics)) + "\n"
 
 
 def byte_level_tokenizer(text: str, vocab_size: int = 4096) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on ``text``: any string survives encode and decode, there is no unknown token.
+    """A byte-level BPE trained on ``text``: every string survives encode and decode.
 
-    The vocabulary may come out smaller than ``vocab_size`` where the text has no more pairs to merge.
+    The vocabulary is smaller than ``vocab_size`` where the text has no more pairs to merge.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -121,7 +121,7 @@ def byte_level_tokenizer(text: str, vocab_size: int = 4096) -> PreTrainedTokeniz
 
 
 def document_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """What goes around a document: the ids that this tokenizer puts first (BOS or none), and its EOS."""
+    """What goes around a document: the ids that this tokenizer puts first, and its EOS."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "tokenizer.eos_token=None: documents and completions are ended with it; "
@@ -160,8 +160,9 @@ def encode_pairs(
 ) -> Iterator[Encoded]:
     """The prompt is given, the completion and EOS are trained on.
 
-    The prompt's tokens are always those that it has alone, as at inference. The completion is what follows them in
-    the joint tokenisation if that leaves the prompt alone, else the completion's own (a merge across the border).
+    The prompt's tokens are always those that it has alone, as at inference. The completion's are
+    what follows them in the joint tokenisation, unless that merges characters across the border:
+    then they are those that the completion has alone.
     """
     first, end = document_frame(tokenizer)
     whole = [p + c for p, c in zip(prompts, completions, strict=True)]
@@ -179,16 +180,19 @@ def encode_pairs(
 def encode_chat(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], line: int = 0
 ) -> Encoded:
-    """Only the assistant's turns are trained on, by the template's generation blocks or by rendering prefixes."""
+    """Only the assistant's turns are trained on.
+
+    Where they are is told by the template's generation blocks, or else by rendering prefixes.
+    """
     if tokenizer.chat_template is None:
         raise ValueError(
-            "tokenizer.chat_template=None: chat messages cannot be rendered; use the model's chat (instruct) "
-            "tokenizer, or set tokenizer.chat_template to a Jinja template"
+            "tokenizer.chat_template=None: chat messages cannot be rendered; use the tokenizer of "
+            "a chat (instruct) model, or set tokenizer.chat_template to a Jinja template"
         )
     if not tokenizer.is_fast:
         raise ValueError(
-            f"tokenizer={type(tokenizer).__name__}: chat needs character offsets, which only fast tokenizers "
-            "have; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+            f"tokenizer={type(tokenizer).__name__}: chat needs character offsets, which only fast "
+            "tokenizers have; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
         )
     if _GENERATION_BLOCK.search(tokenizer.get_chat_template()):
         encoding = tokenizer.apply_chat_template(
@@ -228,16 +232,16 @@ def _turn_span(
     """Where in the rendering the model would start and stop to write message ``index``."""
     if index == 0:
         raise ValueError(
-            "the first message is the assistant's, so there is no prompt to render before it; put a user or "
-            "system message first, or give the chat template {% generation %} blocks"
+            "the first message is the assistant's, so no prompt can be rendered before it; put a "
+            "user or system message first, or give the chat template {% generation %} blocks"
         )
     before = _render(tokenizer, messages[:index], add_generation_prompt=True)
     after = _render(tokenizer, messages[: index + 1])
     if not (whole.startswith(after) and after.startswith(before)):
         raise ValueError(
-            f"the chat template renders messages 1 to {index + 1} differently when they stand alone than within "
-            "the whole conversation, so the assistant's tokens cannot be told from it; give the template "
-            "{% generation %} blocks, or make one conversation per assistant turn"
+            f"the chat template renders messages 1 to {index + 1} alone in another way than within "
+            "the whole conversation, so it does not tell which tokens are the assistant's; give it "
+            "{% generation %} blocks, or make one conversation of each assistant turn"
         )
     return len(before), len(after)
 
