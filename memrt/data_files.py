@@ -1,9 +1,10 @@
-"""Reads ``.txt`` and ``.jsonl`` and names the line where one is wrong, before any of it is tokenised.
+"""Reads ``.txt`` and ``.jsonl`` and names the line where one is wrong, before it is tokenised.
 
-A ``.txt`` file is one text stream, blank lines kept. A ``.jsonl`` file holds one object a line: text, a prompt
-with its completion, or chat messages; columns are found by their usual names or named by the user. Lines are parsed
-here and not by Arrow's reader: that one knows no line numbers, refuses unused columns of mixed type and turns
-text that looks like a date into a timestamp. Files are streamed: one line (or ``_PIECE_CHARACTERS``) at a time.
+A ``.txt`` file is one text stream, blank lines kept. A ``.jsonl`` file holds one object a line:
+text, a prompt with its completion, or chat messages; its columns have their usual names or are
+named by the user. Lines are parsed here and not by Arrow's reader: that one knows no line numbers,
+refuses unused columns of mixed type and turns text that looks like a date into a timestamp. Files
+are streamed: one line, or one piece of a text, is in memory at a time.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from memrt.errors import nearest
 from memrt.tokenization import embedded_text
 
-__all__ = ["FORMATS", "Kind", "RecordFile", "Row", "TextStream", "file_format"]
+__all__ = ["FORMATS", "Kind", "RecordFile", "Row", "TextStream", "is_stream", "require_file"]
 
 FORMATS = (".txt", ".jsonl")
 Kind = Literal["text", "prompt_completion", "chat"]
@@ -29,8 +30,8 @@ _USUAL_COLUMNS: dict[Kind, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "chat": ("messages",),
 }
-# Fast tokenizers keep offsets and strings of all tokens of a call (over 100 bytes a token), so a stream is
-# tokenised in pieces of about this size; 64 Ki characters keep that near 2 MB.
+# Fast tokenizers keep offsets and strings for all tokens of a call, over 100 bytes a token: a text
+# is tokenised in pieces of about this size, which keeps that at a few MB.
 _PIECE_CHARACTERS = 65536
 
 
@@ -52,21 +53,27 @@ class TextStream:
     def name(self) -> str:
         return "the embedded text (pydoc_data.topics)" if self.path is None else self.path
 
+    @property
+    def kind(self) -> Kind:
+        return "text"
+
     def check(self) -> None:
-        if self.path is not None and not any(
-            line.strip() for _, line in _read_lines(self.path, "path")
+        """Reads every line, so that all of it is known to be UTF-8."""
+        if self.path is not None and not sum(
+            1 for _, line in _read_lines(self.path) if line.strip()
         ):
             raise ValueError(f"{self.path}: the file is empty or blank; it must hold text")
 
     def pieces(self) -> Iterator[str]:
         """The text in pieces that end before a line that starts with a visible character.
 
-        Pre-tokenizers split there anyway, so that the tokens are those of the whole text at once.
+        Byte-level pre-tokenizers (GPT-2, Llama 3, Qwen) split there anyway, so that the tokens are
+        those of the whole text at once; a SentencePiece one may differ by a token a piece.
         """
         if self.path is None:
             lines: Iterable[str] = io.StringIO(embedded_text())
         else:
-            lines = (line for _, line in _read_lines(self.path, "path"))
+            lines = (line for _, line in _read_lines(self.path))
         held: list[str] = []
         held_characters = 0
         for line in lines:
@@ -87,10 +94,14 @@ class RecordFile:
     kind: Kind
     columns: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        return self.path
+
     @classmethod
-    def open(cls, path: str, named: Mapping[Kind, tuple[str, ...]], argument: str) -> RecordFile:
-        """``named``: the columns that the user named; without any, the first line's usual names decide."""
-        first = next((_parse(path, n, line) for n, line in _read_lines(path, argument)), None)
+    def open(cls, path: str, named: Mapping[Kind, tuple[str, ...]]) -> RecordFile:
+        """``named``: the user's column names; without, the first line must have the usual ones."""
+        first = next((_parse(path, n, line) for n, line in _read_lines(path)), None)
         if first is None:
             raise ValueError(f"{path}: the file is empty; it must hold one JSON object a line")
         if named:
@@ -101,9 +112,9 @@ class RecordFile:
             return cls(path=path, kind=found[0], columns=_USUAL_COLUMNS[found[0]])
         problem = "more than one" if found else "none"
         raise ValueError(
-            f"{path}, line 1: {problem} of 'text', 'prompt' with 'completion' and 'messages' is there; the "
-            f"columns are {_listed(first)}: name yours with text_column, with prompt_column and "
-            "completion_column, or with messages_column"
+            f"{path}, line 1: {problem} of 'text', 'prompt' with 'completion', and 'messages' is "
+            f"there; the columns are {_listed(first)}: name yours with text_column, with "
+            "prompt_column and completion_column, or with messages_column"
         )
 
     def check(self) -> int:
@@ -111,36 +122,35 @@ class RecordFile:
         return sum(1 for _ in self.rows())
 
     def rows(self) -> Iterator[Row]:
-        for number, line in _read_lines(self.path, "path"):
+        for number, line in _read_lines(self.path):
             where = f"{self.path}, line {number}"
             record = _parse(self.path, number, line)
             values = tuple(_value(record, column, where) for column in self.columns)
+            check = _check_messages if self.kind == "chat" else _check_text
             for column, value in zip(self.columns, values, strict=True):
-                if self.kind == "chat":
-                    _check_messages(value, f"{where}, column {column!r}")
-                else:
-                    hint = " (for chat messages use messages_column)" * isinstance(value, list)
-                    _check_text(value, f"{where}, column {column!r}", hint)
+                check(value, f"{where}, column {column!r}")
             yield Row(number, values)
 
 
-def file_format(path: str, argument: str = "path") -> str:
-    suffix = Path(path).suffix.lower()
+def is_stream(path: str | None, argument: str) -> bool:
+    """Whether this is one text (True) or records (False); refuses any other file."""
+    suffix = ".txt" if path is None else Path(path).suffix.lower()
     if suffix not in FORMATS:
-        raise ValueError(
-            f"{argument}={path!r}: the file's extension must be {' or '.join(FORMATS)}"
-        )
-    return suffix
+        raise ValueError(f"{argument}={path!r}: the file must be one of {', '.join(FORMATS)}")
+    return suffix == ".txt"
 
 
-def _read_lines(path: str, argument: str) -> Iterator[tuple[int, str]]:
-    """Lines with their ends, counted from 1; only a line feed ends a line."""
+def require_file(path: str, argument: str) -> None:
     if not Path(path).is_file():
         problem = "this is a folder" if Path(path).is_dir() else "there is no such file"
         raise ValueError(
             f"{argument}={path!r}: {problem}; give a {' or '.join(FORMATS)} file "
             f"(relative paths start at {Path.cwd()})"
         )
+
+
+def _read_lines(path: str) -> Iterator[tuple[int, str]]:
+    """Lines with their ends, counted from 1; only a line feed ends a line."""
     offset = 0
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -150,8 +160,8 @@ def _read_lines(path: str, argument: str) -> Iterator[tuple[int, str]]:
             except UnicodeDecodeError as error:
                 at = len(raw) - len(body) + error.start
                 raise ValueError(
-                    f"{path}, line {number}: byte {at + 1} of the line (offset {offset + at} of the file) is not "
-                    f"UTF-8 ({error.reason}); save the file as UTF-8"
+                    f"{path}, line {number}: byte {at + 1} of the line (offset {offset + at} of "
+                    f"the file) is not UTF-8 ({error.reason}); save the file as UTF-8"
                 ) from error
             offset += len(raw)
             if text:
@@ -178,14 +188,14 @@ def _parse(path: str, number: int, line: str) -> dict[str, Any]:
 def _value(record: dict[str, Any], column: str, where: str) -> Any:
     if column in record:
         return record[column]
-    near = get_close_matches(column, record, n=1)
-    nearest = f" (nearest: {near[0]!r})" if near else ""
-    raise ValueError(f"{where}: no column {column!r}; the columns are {_listed(record)}{nearest}")
+    raise ValueError(
+        f"{where}: no column {column!r}; the columns are {_listed(record)}{nearest(column, record)}"
+    )
 
 
-def _check_text(value: Any, where: str, hint: str = "") -> None:
+def _check_text(value: Any, where: str) -> None:
     if not isinstance(value, str):
-        raise ValueError(f"{where}: must be text, not {_shown(value)}{hint}")
+        raise ValueError(f"{where}: must be text, not {_shown(value)}")
     if not value.strip():
         raise ValueError(f"{where}: the text is empty")
     try:
