@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["ConflictError", "nearest", "unknown_name"]
+__all__ = ["ConflictError", "NonFiniteLossError", "nearest", "unknown_name"]
 
 
 class ConflictError(ValueError):
@@ -35,3 +35,16 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(
         f"unknown {kind} {name!r}{nearest(name, known)} (known: {', '.join(known) or 'none'})"
     )
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss became NaN or infinite; nothing was updated with it."""
+
+    def __init__(self, *, step: int, loss: float, checkpoint: str | None) -> None:
+        self.step = step
+        self.checkpoint = checkpoint
+        saved = f"the last good checkpoint is {checkpoint}" if checkpoint else "none is saved yet"
+        super().__init__(
+            f"the loss is {loss} at optimizer step {step}; the step was not applied and {saved}. "
+            "Lower the learning rate, set max_grad_norm, or look at the batch of this step"
+        )

@@ -1,0 +1,54 @@
+"""Sizes of GPUs, and what a device needs beyond the bytes that tensors hold."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Gpu"]
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+# What the allocator cannot see. CUDA context with PyTorch's kernels: reports in pytorch issues 37250,
+# 101159 and 28113 lie between 200 and 700 MiB; not measured by memrt, so it is a range.
+_CONTEXT_BYTES = {"low": 200 * 2**20, "expected": 500 * 2**20, "high": 700 * 2**20}
+# cuBLAS workspace as PyTorch asks for it: 8,519,680 bytes before Hopper, 32 MiB on Hopper
+# (aten/src/ATen/cuda/CublasHandlePool.cpp).
+_CUBLAS_BYTES = {"low": 8_519_680, "expected": 8_519_680, "high": 32 * 2**20}
+# Bytes that the caching allocator reserves and cannot use; no bound is known, 5 % is what PyTorch's
+# own memory guides call ordinary. The low bound has none.
+_FRAGMENTATION = {"low": 0.0, "expected": 0.02, "high": 0.05}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One card by its memory."""
+
+    text: str
+    total_bytes: int
+
+    @classmethod
+    def parse(cls, text: str) -> Gpu:
+        """From `24GiB`, `80GB` or a number of bytes. Raises `ValueError` for anything else."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+        unit = _UNITS.get(match.group(2).lower() or "b") if match else None
+        if match is None or unit is None or float(match.group(1)) <= 0:
+            raise ValueError(
+                f"gpu={text!r} is not a size; write it as 24GiB, 80GB or a number of bytes"
+            )
+        return cls(text=text, total_bytes=int(float(match.group(1)) * unit))
+
+    @staticmethod
+    def required_bytes(rounded_peak_bytes: int) -> dict[str, int]:
+        """Low, expected and high device bytes around the allocator's predicted peak."""
+        return {
+            bound: int(rounded_peak_bytes * (1 + _FRAGMENTATION[bound]))
+            + _CONTEXT_BYTES[bound]
+            + _CUBLAS_BYTES[bound]
+            for bound in ("low", "expected", "high")
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"text": self.text, "total_bytes": self.total_bytes}

@@ -1,0 +1,264 @@
+"""`memrt.plan`: what a run will need, from the run itself on fake tensors.
+
+No weights, no GPU, no formula to keep in step: the model is built on fake tensors, the strategies
+attach, and the session trains two optimizer steps (state appears in the first, the second is the
+steady state) under the ledger. Repeated layers are simulated at three small depths and extrapolated:
+the peak of every segment of a step (first, second, last but one and last layer; everything outside the
+layers; each phase; each step) is affine in the depth, which the third depth must confirm, else every
+layer is run.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from memrt import registry
+from memrt.gpus import Gpu
+from memrt.profiling.extrapolate import Simulation, extrapolate, segment
+from memrt.profiling.fake import fake_tensors, real_integers, real_tensors
+from memrt.profiling.ledger import Ledger
+from memrt.profiling.report import SCHEMA, conditions
+from memrt.runner import Batch, model_loss, start, train_step
+from memrt.structure import RunSettings, discover
+
+if TYPE_CHECKING:
+    from memrt.strategy import Strategy
+
+__all__ = ["Plan", "Shape", "plan", "random_batches", "simulate"]
+
+DEPTHS = (4, 5, 6)
+"""Depths that are simulated; at four, first, second, last but one and last layer are distinct."""
+
+STEPS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The batches of a run."""
+
+    batch_size: int = 1
+    sequence_length: int = 512
+    accumulation_steps: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "sequence_length", "accumulation_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: must be a whole number, 1 or more")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch_size * self.sequence_length * self.accumulation_steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A predicted run. Bytes are what the ledger of the real run would count."""
+
+    simulation: Simulation
+    num_layers: int
+    simulated_layers: tuple[int, ...]
+    """Depths that were run; one entry when every layer was."""
+    shape: Shape
+    strategies: tuple[str, ...]
+    gpu: Gpu | None = None
+    seconds: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Highest live bytes on the device."""
+        return self.simulation.peak.peak_bytes
+
+    @property
+    def device_bytes(self) -> dict[str, int]:
+        """What nvidia-smi would show at the peak: low, expected and high."""
+        return Gpu.required_bytes(self.simulation.rounded_peak_bytes)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the high bound fits the GPU; None when no GPU was named."""
+        return None if self.gpu is None else self.device_bytes["high"] <= self.gpu.total_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """The report schema, with nothing measured in it."""
+        return {
+            "schema": SCHEMA,
+            "kind": "plan",
+            **self.simulation.to_json(),
+            "tokens_per_second": None,
+            "loss": None,
+            "device_bytes": self.device_bytes,
+            "gpu": None if self.gpu is None else self.gpu.to_json(),
+            "fits": self.fits,
+            "num_layers": self.num_layers,
+            "simulated_layers": list(self.simulated_layers),
+            "seconds": self.seconds,
+            "conditions": conditions(
+                settings=self.settings, strategies=self.strategies, device="cpu"
+            ),
+        }
+
+
+def random_batches(vocabulary: int, shape: Shape, *, seed: int = 0) -> list[Batch]:
+    """One optimizer step's micro-batches of random ids, of the given shape."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (shape.batch_size, shape.sequence_length)
+    batches = []
+    for _ in range(shape.accumulation_steps):
+        ids = torch.randint(0, vocabulary, size, generator=generator)
+        batches.append(
+            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        )
+    return batches
+
+
+def simulate(
+    build: Callable[[], nn.Module],
+    strategies: Sequence[Strategy],
+    window: Sequence[Batch],
+    *,
+    settings: RunSettings,
+    loss_of: Callable[[nn.Module, Batch], Tensor] = model_loss,
+    steps: int = STEPS,
+) -> Simulation:
+    """Train `steps` optimizer steps on fake tensors and return what the ledger counted."""
+    with ExitStack() as stack:
+        stack.enter_context(fake_tensors())
+        ledger = Ledger()
+        model = build()
+        stack.enter_context(real_integers())
+        stack.enter_context(ledger)
+        run = start(model, strategies, settings=settings, ledger=ledger, loss_of=loss_of)
+        for _ in range(steps):
+            train_step(run, window, read_values=False)
+        structure = run.session.facts.structure
+        ledger.close()
+    return Simulation.of(ledger.timeline, segment(structure.layer_of, structure.layer_names))
+
+
+def _with_depth(config: Any, depth: int) -> Any:
+    shallow = copy.deepcopy(config)
+    shallow.num_hidden_layers = depth
+    kinds = getattr(shallow, "layer_types", None)
+    if kinds:
+        shallow.layer_types = list(kinds)[:depth]
+    return shallow
+
+
+def _extrapolates(config: Any, strategies: Sequence[Strategy], build: Any) -> bool:
+    """Whether layers are alike, and enough of them to be worth it."""
+    depth = getattr(config, "num_hidden_layers", None)
+    if not isinstance(depth, int) or depth <= max(DEPTHS):
+        return False
+    if len(set(getattr(config, "layer_types", None) or [""])) > 1:
+        return False
+    if not all(strategy.uniform_layers for strategy in strategies):
+        return False
+    with fake_tensors():
+        structure = discover(build(_with_depth(config, 2)))
+    return len(structure.stacks) == 1 and len(structure.layer_names) == 2
+
+
+def plan(
+    model: Any,
+    strategies: Sequence[str | Strategy] = (),
+    *,
+    batch_size: int = 1,
+    sequence_length: int = 512,
+    accumulation_steps: int = 1,
+    dtype: torch.dtype = torch.float32,
+    max_grad_norm: float = 1.0,
+    gpu: str | None = None,
+    full: bool = False,
+    window: Sequence[Batch] | None = None,
+    loss_of: Callable[[nn.Module, Batch], Tensor] = model_loss,
+) -> Plan:
+    """Predict the memory of training `model`, to the byte of the ledger of the same run.
+
+    `model` is a config object, a folder or file with `config.json`, a hub id, or a function without
+    arguments that builds an `nn.Module` (then `window`, the micro-batches of one step, is needed).
+    """
+    shape = Shape(
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        accumulation_steps=accumulation_steps if window is None else len(window),
+    )
+    card = None if gpu is None else Gpu.parse(gpu)
+    parsed = registry.parse_all(strategies)
+    settings = RunSettings(max_grad_norm=max_grad_norm, accumulation_steps=shape.accumulation_steps)
+    began = time.perf_counter()
+    if isinstance(model, Callable) and not hasattr(model, "num_hidden_layers"):  # type: ignore[arg-type]
+        if window is None:
+            raise ValueError("window=None: a model given as a function needs its micro-batches")
+        simulation = simulate(model, parsed, window, settings=settings, loss_of=loss_of)
+        num_layers, depths = 0, (0,)
+    else:
+        simulation, num_layers, depths = _plan_config(
+            model, parsed, shape, settings, dtype, full, window, loss_of
+        )
+    return Plan(
+        simulation=simulation,
+        num_layers=num_layers,
+        simulated_layers=depths,
+        shape=shape,
+        strategies=tuple(str(strategy) for strategy in parsed),
+        gpu=card,
+        seconds=time.perf_counter() - began,
+        settings={
+            "model": getattr(model, "model_type", str(model)),
+            "batch_size": shape.batch_size,
+            "sequence_length": shape.sequence_length,
+            "accumulation_steps": shape.accumulation_steps,
+            "dtype": str(dtype).removeprefix("torch."),
+            "optimizer": "AdamW",
+            "max_grad_norm": max_grad_norm,
+        },
+    )
+
+
+def _plan_config(
+    model: Any,
+    strategies: Sequence[Strategy],
+    shape: Shape,
+    settings: RunSettings,
+    dtype: torch.dtype,
+    full: bool,
+    window: Sequence[Batch] | None,
+    loss_of: Callable[[nn.Module, Batch], Tensor],
+) -> tuple[Simulation, int, tuple[int, ...]]:
+    from memrt.loading import load, resolve_config
+
+    config = resolve_config(model)
+
+    def build(some_config: Any) -> nn.Module:
+        return load(some_config, strategies, dtype=dtype)
+
+    with real_tensors():
+        batches = window or random_batches(config.vocab_size, shape)
+
+    def at_depth(depth: int) -> Simulation:
+        return simulate(
+            lambda: build(_with_depth(config, depth)),
+            strategies,
+            batches,
+            settings=settings,
+            loss_of=loss_of,
+        )
+
+    depth = int(getattr(config, "num_hidden_layers", 0))
+    if not full and _extrapolates(config, strategies, build):
+        found = extrapolate({d: at_depth(d) for d in DEPTHS}, depth)
+        if found is not None:
+            return found, depth, DEPTHS
+    whole = simulate(lambda: build(config), strategies, batches, settings=settings, loss_of=loss_of)
+    return whole, depth, (depth,)

@@ -1,0 +1,93 @@
+"""One run of a session over given batches: the code that `plan`, `profile` and `compare` share.
+
+`plan` calls it under fake tensors, the others on real ones. That they run the same lines is what makes
+a plan equal to a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from memrt.errors import NonFiniteLossError
+from memrt.session import Session
+
+if TYPE_CHECKING:
+    from memrt.profiling.ledger import Ledger
+    from memrt.strategy import Strategy
+    from memrt.structure import RunSettings
+
+__all__ = ["Batch", "Run", "model_loss", "start", "train_step"]
+
+Batch = Mapping[str, Tensor]
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss that a model returns when it is given labels."""
+    output = model(**batch)
+    loss = output["loss"] if isinstance(output, Mapping) else output[0]
+    if loss is None:
+        raise ValueError(f"{type(model).__name__} returned no loss; its batch needs labels")
+    result: Tensor = loss
+    return result
+
+
+@dataclass(slots=True, kw_only=True)
+class Run:
+    """A model with its session, and what came out so far."""
+
+    session: Session
+    loss_of: Callable[[nn.Module, Batch], Tensor] = model_loss
+    losses: list[float] = field(default_factory=list)
+    gradient_norms: list[float] = field(default_factory=list)
+
+
+def start(
+    model: nn.Module,
+    strategies: Sequence[Strategy],
+    *,
+    settings: RunSettings,
+    ledger: Ledger | None = None,
+    loss_of: Callable[[nn.Module, Batch], Tensor] = model_loss,
+) -> Run:
+    """Attach the strategies and build the optimizer."""
+    if hasattr(model, "config") and hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # as transformers' Trainer does for training
+    model.train()
+    session = Session(model, strategies, settings=settings, ledger=ledger)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    session.adopt_optimizer(session.build_optimizer([{"params": named}]))
+    return Run(session=session, loss_of=loss_of)
+
+
+def train_step(run: Run, window: Sequence[Batch], *, read_values: bool = True) -> None:
+    """One optimizer step over the micro-batches of `window`; appends loss and gradient norm.
+
+    `read_values=False` for fake tensors, which have none. The loss is the mean over the window.
+    """
+    session = run.session
+    total = None
+    for index, batch in enumerate(window):
+        loss = session.train_micro_batch(
+            lambda batch=batch: run.loss_of(session.model, batch) / len(window),  # type: ignore[misc]
+            last=index == len(window) - 1,
+        )
+        total = loss if total is None else total + loss
+    if read_values and total is not None:
+        value = float(total)
+        if not torch.isfinite(total):
+            raise NonFiniteLossError(step=session.step_index, loss=value, checkpoint=None)
+        run.losses.append(value)
+    norm = session.step()
+    if read_values and norm is not None:
+        run.gradient_norms.append(float(norm))
+
+
+def autocast(device_type: str, dtype: torch.dtype | None) -> Any:
+    """Mixed precision around a forward; nothing for None."""
+    return nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)
