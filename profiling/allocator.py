@@ -16,7 +16,7 @@ No line is ever negative. Two sources read at different instants can contradict 
 allocator holding more than the driver counts); then the line is 0, the lines sum to the larger
 number, and ``flags`` and ``shortfall_bytes`` say so.
 
-Costs nothing between edges; an edge reads one table of counters (0.1 ms).
+Costs nothing between edges; an edge reads one table of counters and resets the peaks in it.
 
 Source: docs.pytorch.org/docs/stable/notes/cuda.html, "Memory management".
 """

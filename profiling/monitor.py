@@ -12,11 +12,11 @@ The thread reads the device's used bytes every 20 ms, and what takes the driver 
 process's share, power, utilisation, temperature) every 100 ms; without NVML it reads RSS alone
 every 100 ms, and the report says why. Spikes between samples are not lost: at every phase edge the
 allocator's peak counters and the kernel's RSS high-water mark are read (see ``allocator`` and
-``monitor_probes``). The driver is not asked at an edge, which would cost up to a millisecond.
+``monitor_probes``). The driver is not asked at an edge, where training would have to wait for it.
 
 Cost: the thread limits itself to 1 % of one core by sampling more rarely, and reports what it took;
-an edge takes about 0.02 ms on a CPU-only machine. Memory does not grow with the run. Energy is the
-card's own counter where it has one, else power over time.
+an edge without a device took 0.02 ms (2-core x86 virtual machine, Python 3.11). Memory does not
+grow with the run. Energy is the card's own counter where it has one, else power over time.
 """
 
 from __future__ import annotations

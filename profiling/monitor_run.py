@@ -1,8 +1,8 @@
 """One monitored run: the sampling thread, the phase edges, and the report made of both.
 
-A device reading is taken outside the lock, for the driver can take a millisecond; it counts for the
-phases that were open both when it began and when it is booked, so that no phase is given another's
-peak. RSS is read under the lock, in microseconds.
+A device reading is taken outside the lock, so that training never waits for the driver at an edge;
+it counts for the phases that were open both when it began and when it is booked, so that no phase
+is given another's peak. RSS, read in microseconds, is read under the lock.
 """
 
 from __future__ import annotations
