@@ -194,10 +194,15 @@ def _encode_rows(
         from jinja2 import TemplateError
 
         for row in rows:
+            where = f"{source.path}, line {row.line}"
             try:
                 yield encode_chat(tokenizer, row.values[0], row.line)
-            except (ValueError, TemplateError) as error:
-                raise ValueError(f"{source.path}, line {row.line}: {error}") from error
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+            except TemplateError as error:
+                raise ValueError(
+                    f"{where}: the chat template refuses the messages: {error}"
+                ) from error
 
 
 def _dataset(examples: Sequence[Encoded]) -> datasets.Dataset:

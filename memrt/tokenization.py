@@ -194,6 +194,8 @@ def encode_chat(
             f"tokenizer={type(tokenizer).__name__}: chat needs character offsets, which only fast "
             "tokenizers have; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
         )
+    whole = _render(tokenizer, messages)
+    _require_answers(whole, messages)
     if _GENERATION_BLOCK.search(tokenizer.get_chat_template()):
         encoding = tokenizer.apply_chat_template(
             list(messages),
@@ -204,14 +206,13 @@ def encode_chat(
         ids = np.asarray(encoding["input_ids"], dtype=np.int32)
         trained = np.asarray(encoding["assistant_masks"], dtype=bool)
     else:
-        ids, trained = _encode_chat_by_prefixes(tokenizer, messages)
+        ids, trained = _encode_chat_by_prefixes(tokenizer, messages, whole)
     return Encoded(ids, np.where(trained, ids, np.int32(IGNORED_LABEL)), line)
 
 
 def _encode_chat_by_prefixes(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], whole: str
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-    whole = _render(tokenizer, messages)
     encoding = tokenizer(
         whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
@@ -226,6 +227,19 @@ def _encode_chat_by_prefixes(
     return ids, trained
 
 
+def _require_answers(whole: str, messages: Sequence[dict[str, Any]]) -> None:
+    """Vision templates silently skip a content that is text and not a list of parts.
+
+    Templates may rewrite a message (reasoning ones leave out thoughts), but its last line stays.
+    """
+    answers = [m["content"].strip() for m in messages if m["role"] == "assistant"]
+    if not any(answer.rpartition("\n")[2] in whole for answer in answers):
+        raise ValueError(
+            "the chat template renders nothing of what the assistant says; it may expect content "
+            "in another form than text: set tokenizer.chat_template to one for text"
+        )
+
+
 def _turn_span(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], index: int, whole: str
 ) -> tuple[int, int]:
@@ -237,11 +251,17 @@ def _turn_span(
         )
     before = _render(tokenizer, messages[:index], add_generation_prompt=True)
     after = _render(tokenizer, messages[: index + 1])
-    if not (whole.startswith(after) and after.startswith(before)):
+    if not whole.startswith(after):
         raise ValueError(
             f"the chat template renders messages 1 to {index + 1} alone in another way than within "
             "the whole conversation, so it does not tell which tokens are the assistant's; give it "
             "{% generation %} blocks, or make one conversation of each assistant turn"
+        )
+    if not after.startswith(before):
+        raise ValueError(
+            f"the chat template does not begin message {index + 1} with the prompt that it renders "
+            "for it (add_generation_prompt=True), so it does not tell which tokens are the "
+            "assistant's; give it {% generation %} blocks"
         )
     return len(before), len(after)
 

@@ -493,13 +493,38 @@ def test_template_that_renders_by_context_is_refused(
         load_examples(DataSettings(path=path), own_tokenizer)
 
 
+def test_template_that_begins_turns_unlike_its_prompt_is_refused(
+    own_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    own_tokenizer.chat_template = PREFIX_TEMPLATE + (
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    path = write_lines(tmp_path, [{"messages": CONVERSATION}])
+    with pytest.raises(ValueError, match="line 1: the chat template does not begin message 3 with"):
+        load_examples(DataSettings(path=path), own_tokenizer)
+
+
+def test_template_that_skips_text_is_refused(
+    own_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    own_tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>"
+        "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{{ eos_token }}{% endfor %}"
+    )
+    path = write_lines(tmp_path, [{"messages": CONVERSATION}])
+    with pytest.raises(ValueError, match="line 1: the chat template renders nothing of what"):
+        load_examples(DataSettings(path=path), own_tokenizer)
+
+
 def test_chat_errors_name_the_line(own_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     own_tokenizer.chat_template = (
         "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
         + PREFIX_TEMPLATE
     )
     path = write_lines(tmp_path, [{"messages": CONVERSATION[1:]}, {"messages": CONVERSATION}])
-    with pytest.raises(ValueError, match="line 2: user first"):
+    with pytest.raises(
+        ValueError, match="line 2: the chat template refuses the messages: user first"
+    ):
         load_examples(DataSettings(path=path), own_tokenizer)
     path = write_lines(tmp_path, [{"messages": CONVERSATION[2:3]}])
     own_tokenizer.chat_template = PREFIX_TEMPLATE
