@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from memrt.profiling.allocator import AllocatorPhases
 from memrt.profiling.monitor import Monitor
-from memrt.profiling.monitor_probes import HostProbe, PowerIntegral
+from memrt.profiling.monitor_probes import DeviceProbe, HostProbe, PowerIntegral
 from memrt.profiling.monitor_report import RunningStatistics
-from memrt.profiling.monitor_run import pause_seconds
+from memrt.profiling.monitor_run import MonitoredRun, pause_seconds
 from memrt.profiling.phase_peaks import PhasePeaks
 
 RunWithDriver = Any  # the fixture's type lives in conftest.py, which tests do not import
@@ -214,6 +215,40 @@ def test_a_slow_reading_counts_only_for_phases_open_at_both_its_ends() -> None:
     assert peaks.phases["forward"].maxima == peaks.phases["backward"].maxima == {}
 
 
+def test_a_reading_during_which_the_phase_changes_is_neither_phases_peak() -> None:
+    begun, reading, changed = threading.Event(), threading.Event(), threading.Event()
+
+    class SlowDriver(DeviceProbe):
+        num_reads = 0
+
+        def read(self, *, sensors: bool) -> dict[str, float]:
+            # The first reading that sees the phases begun may itself have begun before them.
+            self.num_reads += begun.is_set()
+            if self.num_reads != 2:
+                return {}
+            reading.set()
+            assert changed.wait(timeout=60)
+            return {"device_used_bytes": 9}
+
+    run = MonitoredRun(
+        device=SlowDriver(None, unavailable="slow"),
+        allocator=AllocatorPhases(None, unavailable="none"),
+        interval_seconds=0.001,
+        sensor_interval_seconds=1.0,
+    )
+    run.start()
+    run.begin_phase("step")
+    run.begin_phase("forward")
+    begun.set()
+    assert reading.wait(timeout=60)
+    run.end_phase("forward")
+    run.begin_phase("backward")
+    changed.set()
+    phases = run.stop().phases
+    peaks = {name: phase.device_used_peak_bytes for name, phase in phases.items()}
+    assert peaks == {"step": 9, "forward": None, "backward": None}
+
+
 def test_the_report_is_plain_json_with_whole_bytes() -> None:
     with Monitor(device="cpu", interval_seconds=0.01) as monitor, monitor.phase("step"):
         time.sleep(0.03)
@@ -378,6 +413,9 @@ def test_the_default_device_is_torchs_under_its_uuid(run_with_driver: RunWithDri
     assert report["phases"]["step"]["allocated_peak_bytes"] == 2 * GIB
     assert report["at_end"]["allocated_bytes"] == GIB
     assert report["at_end"]["total_bytes"] == report["at_end"]["nvml_bytes"] == 7 * GIB
+    # 1 GiB of the 7 at the baseline was the allocator's own, so 6 were others'.
+    assert report["at_end"]["other_processes_bytes"] == 6 * GIB
+    assert report["process_peak_bytes"] == GIB
     assert "its CUDA context counts as other processes" in report["flags"][0]
     assert num_resets >= 3
     assert on_device
