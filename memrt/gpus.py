@@ -10,8 +10,8 @@ __all__ = ["Gpu"]
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
-# What the allocator cannot see. CUDA context with PyTorch's kernels: reports in pytorch issues 37250,
-# 101159 and 28113 lie between 200 and 700 MiB; not measured by memrt, so it is a range.
+# What the allocator cannot see. CUDA context with PyTorch's kernels: reports in pytorch issues
+# 37250, 101159 and 28113 lie between 200 and 700 MiB; not measured by memrt, so it is a range.
 _CONTEXT_BYTES = {"low": 200 * 2**20, "expected": 500 * 2**20, "high": 700 * 2**20}
 # cuBLAS workspace as PyTorch asks for it: 8,519,680 bytes before Hopper, 32 MiB on Hopper
 # (aten/src/ATen/cuda/CublasHandlePool.cpp).

@@ -12,9 +12,18 @@ from memrt.strategy import Rule, Slot
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from memrt.structure import RunSettings
+    from memrt.structure import Facts, RunSettings
 
-__all__ = ["build_optimizer", "first_match"]
+__all__ = ["build_optimizer", "first_match", "require_adamw"]
+
+
+def require_adamw(facts: Facts) -> None:
+    """Refuse another update rule: the composed optimizer's rule is AdamW."""
+    if facts.settings.optimizer != "adamw":
+        raise ValueError(
+            f"optimizer={facts.settings.optimizer!r} brings its own state; use AdamW "
+            "(optim='adamw_torch_fused', the default)"
+        )
 
 
 def first_match(

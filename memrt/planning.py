@@ -2,10 +2,10 @@
 
 No weights, no GPU, no formula to keep in step: the model is built on fake tensors, the strategies
 attach, and the session trains two optimizer steps (state appears in the first, the second is the
-steady state) under the ledger. Repeated layers are simulated at three small depths and extrapolated:
-the peak of every segment of a step (first, second, last but one and last layer; everything outside the
-layers; each phase; each step) is affine in the depth, which the third depth must confirm, else every
-layer is run.
+steady state) under the ledger. Repeated layers are simulated at three small depths and
+extrapolated: the peak of every segment of a step (first, second, last but one and last layer;
+everything outside the layers; each phase; each step) is affine in the depth, which the third depth
+must confirm, else every layer is run.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def random_batches(vocabulary: int, shape: Shape, *, seed: int = 0) -> list[Batc
     """One optimizer step's micro-batches of random ids, of the given shape."""
     generator = torch.Generator().manual_seed(seed)
     size = (shape.batch_size, shape.sequence_length)
-    batches = []
+    batches: list[Batch] = []
     for _ in range(shape.accumulation_steps):
         ids = torch.randint(0, vocabulary, size, generator=generator)
         batches.append(
@@ -201,7 +201,8 @@ def plan(
         if window is None:
             raise ValueError("window=None: a model given as a function needs its micro-batches")
         simulation = simulate(model, parsed, window, settings=settings, loss_of=loss_of)
-        num_layers, depths = 0, (0,)
+        depths: tuple[int, ...] = ()
+        num_layers = 0
     else:
         simulation, num_layers, depths = _plan_config(
             model, parsed, shape, settings, dtype, full, window, loss_of

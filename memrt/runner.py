@@ -1,7 +1,7 @@
 """One run of a session over given batches: the code that `plan`, `profile` and `compare` share.
 
-`plan` calls it under fake tensors, the others on real ones. That they run the same lines is what makes
-a plan equal to a run.
+`plan` calls it under fake tensors, the others on real ones. That they run the same lines is what
+makes a plan equal to a run.
 """
 
 from __future__ import annotations

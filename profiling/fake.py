@@ -1,9 +1,9 @@
-"""Fake tensors that follow the path of real ones: shapes and bytes without memory or arithmetic.
+"""Fake tensors that follow the path of real ones: shapes and bytes without memory or work.
 
-Under `FakeTensorMode` alone, models take another path: transformers treats fake tensors as tracing and
-keeps masks that a real run drops, because a fake mask has no values to look at. So integer and boolean
-arithmetic runs for real inside the fake run (ids, masks, positions and labels are small), float work
-stays fake, and peak and accounts come out equal to the byte.
+Under `FakeTensorMode` alone, models take another path: transformers treats fake tensors as tracing
+and keeps masks that a real run drops, because a fake mask has no values to look at. So integer and
+boolean arithmetic runs for real inside the fake run (ids, masks, positions and labels are small),
+float work stays fake, and peak and accounts come out equal to the byte.
 """
 
 from __future__ import annotations

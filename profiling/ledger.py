@@ -290,7 +290,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._forward_since = self.timeline.now
 
     def _book_kept(self) -> None:
-        """Backward begins: what the layers' forward left alive is kept for it (selective caches)."""
+        """Backward begins: what the layers left alive is kept for it (selective caches)."""
         since, self._forward_since = self._forward_since or 0, None
         for _, record in list(self._live.values()):
             if record.birth >= since and not record.tags and _LAYER_INDEX.search(record.module):

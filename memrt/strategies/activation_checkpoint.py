@@ -11,7 +11,7 @@ operator as in Korthikanti et al. 2022, arXiv 2205.05198.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -122,7 +122,7 @@ def _selective_context(groups: tuple[str, ...]) -> Callable[[], Any]:
         kept = operator._schema.name in names
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return lambda: create_selective_checkpoint_contexts(policy)
+    return partial(create_selective_checkpoint_contexts, policy)
 
 
 def _is_cache(value: Any) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
 
+from memrt.optimizer_slots import require_adamw
 from memrt.profiling.accounts import Account
 from memrt.registry import register
 from memrt.strategy import Attachment, Claim, Phase, Rule, Slot, Strategy
@@ -35,11 +36,7 @@ class Int8States(Strategy):
 
     def check(self, facts: Facts) -> None:
         """Needs AdamW as the update rule, and bitsandbytes."""
-        if facts.settings.optimizer != "adamw":
-            raise ValueError(
-                f"optimizer={facts.settings.optimizer!r} brings its own state; use AdamW "
-                "(optim='adamw_torch_fused', the default)"
-            )
+        require_adamw(facts)
         if find_spec("bitsandbytes") is None:
             raise ValueError("bitsandbytes is not installed; run: pip install bitsandbytes")
 

@@ -1,0 +1,115 @@
+"""Which strategies can run together, and what is said when they cannot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+from torch import nn
+
+from memrt.compose import check_all, conflicts, explain
+from memrt.errors import ConflictError
+from memrt.strategies.activation_checkpoint import ActivationCheckpoint
+from memrt.strategies.lisa import Lisa
+from memrt.strategy import Claim, Promise, Slot, Strategy
+from memrt.structure import Facts, RunSettings, discover
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Left(Strategy):
+    """Takes the state format of layer 0."""
+
+    name: ClassVar[str] = "left"
+    scope: tuple[str, ...] = ("layers.0",)
+
+    def claims(self, facts: Facts) -> list[Claim]:
+        return [Claim(slot=Slot.STATE_FORMAT, scope=frozenset(self.scope))]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Right(Left):
+    """Takes the state format of a scope, too."""
+
+    name: ClassVar[str] = "right"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdatesInBackward(Strategy):
+    """Breaks what clipping and checkpointing need."""
+
+    name: ClassVar[str] = "in_backward"
+    breaks: ClassVar[frozenset[Promise]] = frozenset(
+        {Promise.GRADIENTS_OUTLIVE_BACKWARD, Promise.PARAMETERS_REST_IN_BACKWARD}
+    )
+
+
+def _facts(**settings: object) -> Facts:
+    blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(3)])
+    model = nn.ModuleDict({"layers": blocks})
+    return Facts(
+        model=model,
+        structure=discover(model),
+        settings=RunSettings(**settings),  # type: ignore[arg-type]
+    )
+
+
+def test_two_claims_collide_only_on_the_same_thing() -> None:
+    assert conflicts([Left(), Right(scope=("layers.1",))], _facts()) == []
+    (problem,) = conflicts([Left(), Right(scope=("layers.0", "layers.1"))], _facts())
+    assert "left" in problem
+    assert "right" in problem
+    assert "state format" in problem
+    assert "layers.0" in problem
+
+
+def test_the_trainers_settings_take_part() -> None:
+    assert conflicts([UpdatesInBackward()], _facts()) == []
+    (problem,) = conflicts([UpdatesInBackward()], _facts(max_grad_norm=1.0))
+    assert "max_grad_norm=1" in problem
+    assert "in_backward" in problem
+    (problem,) = conflicts([UpdatesInBackward()], _facts(accumulation_steps=4))
+    assert "gradient_accumulation_steps=4" in problem
+    (problem,) = conflicts([ActivationCheckpoint()], _facts(gradient_checkpointing=True))
+    assert "gradient_checkpointing=True" in problem
+    (problem,) = conflicts([Lisa()], _facts(data_parallel=True))
+    assert "CUDA_VISIBLE_DEVICES" in problem
+    assert conflicts([], _facts(data_parallel=True)) == []
+
+
+def test_every_problem_is_reported_at_once() -> None:
+    with pytest.raises(ConflictError) as raised:
+        check_all(
+            [Left(), Right(), UpdatesInBackward(), ActivationCheckpoint()],
+            _facts(max_grad_norm=1.0),
+        )
+    assert len(raised.value.problems) == 3
+    assert all(problem in str(raised.value) for problem in raised.value.problems)
+
+
+def test_refusals_by_the_model_are_collected_too() -> None:
+    with pytest.raises(ConflictError) as raised:
+        check_all([Lisa(layers=4), ActivationCheckpoint(every=9)], _facts())
+    assert [p.split(":")[0] for p in raised.value.problems] == ["lisa", "activation_checkpoint"]
+
+
+def test_explain_names_order_ownership_and_conflicts() -> None:
+    text = explain([Left(), Right()], _facts())
+    assert "owns state format of layers.0" in text
+    assert "conflict:" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("learning_rate", -1.0),
+        ("learning_rate", float("nan")),
+        ("betas", (0.9, 1.0)),
+        ("epsilon", 0.0),
+        ("weight_decay", -0.1),
+        ("max_grad_norm", -1.0),
+    ],
+)
+def test_bad_run_settings_are_refused(option: str, value: object) -> None:
+    with pytest.raises(ValueError, match=r"must"):
+        RunSettings(**{option: value})  # type: ignore[arg-type]
