@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -467,19 +468,20 @@ def test_both_ways_to_mask_a_chat_agree(own_tokenizer: PreTrainedTokenizerFast) 
 
 
 def test_a_token_over_the_border_of_a_turn_is_not_trained_on(
-    own_tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    own_tokenizer.chat_template = PREFIX_TEMPLATE.replace("<", "the").replace(">", "")
-    messages = [{"role": "user", "content": "o"}, {"role": "assistant", "content": "s are"}]
-    encoded = encode_chat(own_tokenizer, messages)
-    pieces = [own_tokenizer.decode(int(i)) for i in encoded.input_ids]
-    assert "ts" in "".join(pieces)
-    text = own_tokenizer.apply_chat_template(messages, tokenize=False)
-    begin = text.index("theassistant") + len("theassistant")
-    position = 0
-    for piece, label in zip(pieces, encoded.labels, strict=True):
-        assert (label != IGNORED_LABEL) == (position >= begin)
-        position += len(piece)
+    assert tokenizer.tokenize(" function") == ["Ġfunction"]
+    ours = copy.deepcopy(tokenizer)
+    ours.chat_template = PREFIX_TEMPLATE.replace("<assistant>", " fun").replace(
+        "<{{ m['role'] }}>", "{{ ' fun' if m['role'] == 'assistant' else 'user' }}"
+    )
+    messages = [
+        {"role": "user", "content": "Call it."},
+        {"role": "assistant", "content": "ction done"},
+    ]
+    encoded = encode_chat(ours, messages)
+    trained = ours.decode(encoded.labels[encoded.labels != IGNORED_LABEL])
+    assert trained == " done<|eos|>"
 
 
 def test_template_that_renders_by_context_is_refused(
@@ -709,6 +711,11 @@ def test_packed_documents_are_split_before_they_are_joined(
     assert data.summary.evaluation is not None
     assert data.summary.train.num_documents == 30
     assert data.summary.evaluation.num_documents == 10
+    num_tokens = len(tokenizer.encode("007 " * 20 + "<|eos|>"))
+    for summary in (data.summary.train, data.summary.evaluation):
+        assert summary.num_tokens == summary.num_examples * 16
+        total = summary.num_documents * num_tokens
+        assert 0 < summary.num_leftover_tokens == total - summary.num_tokens
 
 
 def test_text_is_split_by_blocks(tokenizer: PreTrainedTokenizerFast) -> None:
