@@ -214,11 +214,14 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.tag(parameter.grad, Account.GRADIENTS, owner="gradients", module=name)
 
     def book_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Book every tensor in the optimizer's state."""
+        """Book every tensor in the optimizer's state, and those that it shares between states."""
         for state in optimizer.state.values():
             for value in state.values():
                 if isinstance(value, Tensor):
                     self.tag(value, Account.OPTIMIZER, owner="optimizer")
+        shared = getattr(optimizer, "shared_tensors", None)  # such as int8's code maps
+        for value in shared() if shared is not None else ():
+            self.tag(value, Account.OPTIMIZER, owner="optimizer")
 
     # ---------------------------------------------------------------- where we are
 

@@ -55,7 +55,7 @@ class Galore(Strategy):
     scale: factor on the projected update (the paper's alpha).
     targets: linear weights of the repeated layers: "all", "attention" or "mlp".
     norm: what clipping and the log use for projected weights: "projected" (the norm of R, at most
-        the true one) or "exact" (the true norm, one micro-batch a step, costs up to one dW product).
+        the true one) or "exact" (the true norm; one micro-batch a step, at most one dW product).
     seed: of the random sketches.
     """
 
