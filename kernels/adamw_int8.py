@@ -146,27 +146,41 @@ def adamw_int8(
     )
     weight = parameter.contiguous().view(-1)
     grad = gradient.contiguous().view(-1)
-    part_elements = CPU_PIECE_ELEMENTS if weight.device.type == "cpu" else PIECE_ELEMENTS
+    codes = (exp_avg_codes.view(-1), exp_avg_sq_codes.view(-1))
+    scales = (exp_avg_scales, exp_avg_sq_scales)
     for piece in _pieces(0, weight.numel(), PIECE_ELEMENTS):
-        weight32, grad32 = weight[piece].float(), grad[piece].float()
-        if weight_decay:
-            weight32.mul_(1 - lr * weight_decay)
-        for part in _pieces(piece.start, piece.stop, part_elements):
-            local = slice(part.start - piece.start, part.stop - piece.start)
-            blocks = slice(part.start // BLOCK_SIZE, num_blocks(part.stop))
-            update(
-                g=grad32[local],
-                p=weight32[local],
-                state1=exp_avg_codes.view(-1)[part],
-                state2=exp_avg_sq_codes.view(-1)[part],
-                absmax1=exp_avg_scales[blocks],
-                absmax2=exp_avg_sq_scales[blocks],
-            )
-        if weight.dtype != torch.float32:
-            weight[piece].copy_(weight32)
+        _update_piece(update, piece, weight, grad, codes, scales, 1 - lr * weight_decay)
     if not parameter.is_contiguous():
         parameter.copy_(weight.view(parameter.shape))
     exp_avg_sq_codes.clamp_(min=1)
+
+
+def _update_piece(
+    update: Callable[..., None],
+    piece: slice,
+    weight: Tensor,
+    gradient: Tensor,
+    codes: tuple[Tensor, Tensor],
+    scales: tuple[Tensor, Tensor],
+    decay: float,
+) -> None:
+    weight32, gradient32 = weight[piece].float(), gradient[piece].float()
+    if decay != 1:
+        weight32.mul_(decay)
+    size = CPU_PIECE_ELEMENTS if weight.device.type == "cpu" else PIECE_ELEMENTS
+    for part in _pieces(piece.start, piece.stop, size):
+        local = slice(part.start - piece.start, part.stop - piece.start)
+        blocks = slice(part.start // BLOCK_SIZE, num_blocks(part.stop))
+        update(
+            g=gradient32[local],
+            p=weight32[local],
+            state1=codes[0][part],
+            state2=codes[1][part],
+            absmax1=scales[0][blocks],
+            absmax2=scales[1][blocks],
+        )
+    if weight.dtype != torch.float32:
+        weight[piece].copy_(weight32)
 
 
 @adamw_int8.register_fake

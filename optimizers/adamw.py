@@ -1,0 +1,245 @@
+"""AdamW, composed: the update rule here, how moments are kept, and the space they live in.
+
+For a parameter W with gradient g at its own step t = 1, 2, ...:
+
+    W <- W * (1 - lr * weight_decay)
+    m <- beta1 * m + (1 - beta1) * g,   v <- beta2 * v + (1 - beta2) * g * g
+    W <- W - lr * N,   N = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+as torch.optim.AdamW does, and with the same bits as its fused form for fp32 parameters in the
+default state format. A projected weight takes N from its projected gradient R instead: N and the
+moments have R's shape, decay stays on W, and the projection lifts N (see `projection.py`).
+
+Bytes of state: `float32` 8 an element, `int8` 2.03 (`memrt.optimizers.state_formats`), of the
+projected shape where there is a projection; moments are fp32 or 8-bit for bf16 parameters too.
+Temporaries: none for fp32 parameters; fp32 copies of a bounded piece for others; for a projected
+weight 4 bytes an element of R, and what the projection needs. bf16 weights are rounded to nearest
+once a step (twice if projected and decayed: the decay is then lost below lr * weight_decay = 2^-9).
+
+Source: Loshchilov and Hutter, arXiv 1711.05101.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from memrt.optimizers.parameter_groups import check_group, check_storages
+from memrt.optimizers.projection import Projection
+from memrt.optimizers.state_formats import (
+    STATE_FORMATS,
+    AdamWSettings,
+    StateFormat,
+    Update,
+)
+
+__all__ = ["AdamW", "Projection"]
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW with a state format for each parameter group and a projection for some weights.
+
+    params: as for any torch optimizer; a group may set `lr`, `betas`, `eps`, `weight_decay` and
+        `state_format`.
+    state_format: "float32" or "int8".
+    projections: the weights whose gradient arrives projected, and never as `.grad`.
+
+    State is created at the first step that brings a gradient. A parameter without one is skipped.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        state_format: str = "float32",
+        projections: Mapping[nn.Parameter, Projection] | None = None,
+    ) -> None:
+        self._projections: dict[nn.Parameter, Projection] = dict(projections or {})
+        self._formats: dict[str, StateFormat] = {
+            name: kind() for name, kind in STATE_FORMATS.items()
+        }
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "state_format": state_format,
+        }
+        super().__init__(params, defaults)
+        known = {id(p) for group in self.param_groups for p in group["params"]}
+        strangers = sum(id(parameter) not in known for parameter in self._projections)
+        if strangers:
+            raise ValueError(
+                f"projections has {strangers} weights that are in no parameter group; "
+                "give the optimizer every weight that it projects"
+            )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; refuses settings that cannot be and weights that share their storage."""
+        super().add_param_group(param_group)
+        try:
+            check_group(self.param_groups[-1])
+            check_storages(self.param_groups)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    # ---------------------------------------------------------------- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            settings = _settings_of(group)
+            dense: dict[str, list[Update]] = {}
+            for parameter in group["params"]:
+                projection = self._projections.get(parameter)
+                if projection is not None:
+                    self._step_projected(parameter, projection, group, settings)
+                elif parameter.grad is not None:
+                    form = self._format_of(group, parameter.shape)
+                    state = self._state_of(parameter, form, parameter.shape)
+                    update = Update(parameter, _dense(parameter.grad), state)
+                    dense.setdefault(form.name, []).append(update)
+            for name, updates in dense.items():
+                self._formats[name].adamw(updates, settings)
+        return loss
+
+    def _step_projected(
+        self,
+        weight: nn.Parameter,
+        projection: Projection,
+        group: dict[str, Any],
+        settings: AdamWSettings,
+    ) -> None:
+        if weight.grad is not None:
+            raise ValueError(
+                f"a projected weight of shape {tuple(weight.shape)} has a dense .grad: it is used "
+                "outside the layer that projects (tied, or read by other code); do not project it"
+            )
+        gradient = projection.gradient()
+        if gradient is None:
+            return
+        assert gradient.shape == projection.shape
+        form = self._format_of(group, projection.shape)
+        state = self._state_of(weight, form, projection.shape)
+        # from zero, with lr = 1 and no decay, the rule arrives at -N
+        direction = torch.zeros(projection.shape, dtype=torch.float32, device=gradient.device)
+        form.adamw(
+            [Update(direction, gradient, state)], replace(settings, lr=1.0, weight_decay=0.0)
+        )
+        if settings.weight_decay:
+            weight.mul_(1 - settings.lr * settings.weight_decay)
+        projection.apply(weight, direction.neg_(), lr=settings.lr)
+
+    def _format_of(self, group: dict[str, Any], shape: tuple[int, ...]) -> StateFormat:
+        form = self._formats[group["state_format"]]
+        small = torch.Size(shape).numel() < form.min_elements
+        return self._formats["float32"] if small else form
+
+    def _state_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        projection = self._projections.get(parameter)
+        return tuple(parameter.shape) if projection is None else projection.shape
+
+    def _state_of(
+        self, parameter: nn.Parameter, form: StateFormat, shape: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        state = cast("dict[str, Tensor]", self.state[parameter])
+        if not state:
+            state.update(form.create(shape, parameter.device))
+        else:
+            form.check(state, shape, owner=f"a parameter of shape {tuple(parameter.shape)}")
+        return state
+
+    # ---------------------------------------------------------------- state
+
+    def shared_tensors(self) -> Iterator[Tensor]:
+        """Tensors that the formats hold beside `state`: the code maps of int8, 2 KiB a device."""
+        for form in self._formats.values():
+            yield from form.shared_tensors()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, in its own dtypes, onto the parameters' devices.
+
+        torch's own would cast every tensor to the parameter's dtype. Refuses the state of other
+        shapes, of another format or with anything else in it, before anything is changed.
+        """
+        loaded: dict[nn.Parameter, dict[str, Tensor]] = {}
+
+        def take(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(self._accepted(state))
+            return {**state, "state": {}}
+
+        def give(_: torch.optim.Optimizer) -> None:
+            for parameter, state in loaded.items():
+                self.state[parameter] = state
+
+        # after the user's own hooks, and before them: both see what they would see with torch
+        before = self.register_load_state_dict_pre_hook(take)
+        after = self.register_load_state_dict_post_hook(give, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _accepted(self, state_dict: dict[str, Any]) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """The states in a state dict by parameter, checked and on their devices."""
+        accepted: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            saved_format = saved_group.get("state_format")
+            for index, parameter in zip(saved_group["params"], group["params"], strict=False):
+                if saved_format != group["state_format"]:
+                    raise ValueError(
+                        f"parameter {index} was saved with state_format={saved_format!r}, expected "
+                        f"{group['state_format']!r}; resume with the format that wrote the state"
+                    )
+                saved = state_dict["state"].get(index)
+                if saved:
+                    shape = self._state_shape(parameter)
+                    form = self._format_of(group, shape)
+                    accepted[parameter] = form.load(
+                        saved, shape, parameter.device, owner=f"parameter {index}"
+                    )
+        return accepted
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies of the optimizer need; `state_dict` is what checkpoints need."""
+        return {
+            **super().__getstate__(),
+            "_projections": self._projections,
+            "_formats": self._formats,
+        }
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    if gradient.layout is not torch.strided:
+        raise ValueError(
+            f"AdamW got a gradient with layout {gradient.layout}; use dense gradients "
+            "(nn.Embedding(sparse=False))"
+        )
+    return gradient
+
+
+def _settings_of(group: dict[str, Any]) -> AdamWSettings:
+    beta1, beta2 = group["betas"]
+    return AdamWSettings(
+        lr=float(group["lr"]),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+    )

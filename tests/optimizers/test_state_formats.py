@@ -1,0 +1,172 @@
+"""State formats by themselves: layouts, bytes, and the fp32 step on every dtype and layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from memrt.optimizers import state_formats
+from memrt.optimizers.state_formats import (
+    MIN_INT8_ELEMENTS,
+    STATE_FORMATS,
+    AdamWSettings,
+    Float32,
+    Int8,
+    Update,
+)
+from tests.kernels.live_bytes import LiveBytes
+
+SETTINGS = AdamWSettings(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+DEVICE = torch.device("cpu")
+
+
+def exact_step(weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, t: int) -> None:
+    """AdamW in fp64, in place."""
+    s = SETTINGS
+    weight.mul_(1 - s.lr * s.weight_decay)
+    m.copy_(s.beta1 * m + (1 - s.beta1) * gradient)
+    v.copy_(s.beta2 * v + (1 - s.beta2) * gradient * gradient)
+    denominator = (v / (1 - s.beta2**t)).sqrt() + s.eps
+    weight.sub_(s.lr * (m / (1 - s.beta1**t)) / denominator)
+
+
+@pytest.mark.parametrize("name", list(STATE_FORMATS))
+@pytest.mark.parametrize("shape", [(1,), (67, 3), (256, 256), (5, 1001), (0,)])
+def test_created_state_is_as_laid_out(name: str, shape: tuple[int, ...]) -> None:
+    form = STATE_FORMATS[name]()
+    state = form.create(shape, DEVICE)
+    form.check(state, shape, owner="the new state")
+    assert form.name == name
+    assert all(not tensor.any() for tensor in state.values())
+    assert sum(tensor.untyped_storage().nbytes() for tensor in state.values()) == form.state_bytes(
+        shape
+    )
+
+
+def test_bytes_an_element_are_what_the_docstring_says() -> None:
+    shape, num_elements = (512, 384), 512 * 384
+    assert Float32().state_bytes(shape) == 8 * num_elements + 4
+    assert Int8().state_bytes(shape) == (2 + 8 / 256) * num_elements + 4
+    # a ragged last block has scales of its own
+    assert Int8().state_bytes((4097,)) == 2 * 4097 + 8 * 17 + 4
+    assert Int8.min_elements == MIN_INT8_ELEMENTS == 4096
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"exp_avg": torch.zeros(5, 4)}, r"exp_avg of it is \(5, 4\).*expected \(4, 5\)"),
+        ({"exp_avg_sq": torch.zeros(4, 5).bfloat16()}, "is .*bfloat16, expected .*float32"),
+        ({"extra": torch.zeros(1)}, "the state of it holds .*extra.*, expected"),
+    ],
+)
+def test_a_foreign_state_is_refused(change: dict[str, Tensor], words: str) -> None:
+    state = {**Float32().create((4, 5), DEVICE), **change}
+    with pytest.raises(ValueError, match=words):
+        Float32().check(state, (4, 5), owner="it")
+    with pytest.raises(ValueError, match=words):
+        Float32().load(state, (4, 5), DEVICE, owner="it")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parameters_are_stepped_in_fp32(dtype: torch.dtype) -> None:
+    """Against fp64, rounded to the parameter's dtype once a step. Moments keep fp32's precision."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.randn(67, 3, generator=generator).to(dtype)
+    exact, m, v = parameter.double(), torch.zeros(67, 3).double(), torch.zeros(67, 3).double()
+    state = Float32().create(parameter.shape, DEVICE)
+    for t in range(1, 21):
+        gradient = torch.randn(67, 3, generator=generator).to(dtype)
+        Float32().adamw([Update(parameter, gradient, state)], SETTINGS)
+        exact_step(exact, gradient.double(), m, v, t)
+        rounded = exact.to(dtype)
+        # fp32 error may tip a value that lies on the edge between two of them: one ulp, rarely
+        ulp = torch.finfo(dtype).eps
+        torch.testing.assert_close(parameter, rounded, rtol=ulp, atol=0)
+        assert (parameter == rounded).float().mean() > 0.99
+        exact = parameter.double()
+    assert state["step"] == 20
+    torch.testing.assert_close(state["exp_avg"].double(), m, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(state["exp_avg_sq"].double(), v, rtol=1e-5, atol=1e-7)
+
+
+def test_the_second_moment_of_a_bf16_parameter_decays() -> None:
+    """In bf16 v * 0.999 is v again; after 500 steps without gradient it must be 0.999^500 of it."""
+    parameter = torch.ones(8, dtype=torch.bfloat16)
+    state = Float32().create(parameter.shape, DEVICE)
+    settings = AdamWSettings(lr=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
+    Float32().adamw([Update(parameter, torch.ones_like(parameter), state)], settings)
+    for _ in range(500):
+        Float32().adamw([Update(parameter, torch.zeros_like(parameter), state)], settings)
+    expected = torch.full((8,), 1e-3 * 0.999**500)
+    torch.testing.assert_close(state["exp_avg_sq"], expected, rtol=500 * 2**-24, atol=0)
+
+
+@pytest.mark.parametrize("name", list(STATE_FORMATS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layout_of_parameter_and_gradient_does_not_matter(name: str, dtype: torch.dtype) -> None:
+    """torch's fused kernel reads memory in order, whatever the strides: it must not see these."""
+    weight, slope = torch.randn(64, 96).to(dtype), torch.randn(64, 96).to(dtype)
+    results = []
+    for parameter, gradient in [
+        (weight.clone(), slope.clone()),
+        (weight.t().contiguous().t(), slope.clone()),
+        (weight.t().contiguous().t(), slope.t().contiguous().t()),
+        (weight.clone(), slope.t().contiguous().t()),
+        (weight.repeat_interleave(2, dim=1)[:, ::2], slope.repeat_interleave(3, dim=1)[:, ::3]),
+    ]:
+        form = STATE_FORMATS[name]()
+        state = form.create(parameter.shape, DEVICE)
+        for _ in range(2):
+            form.adamw([Update(parameter, gradient, state)], SETTINGS)
+        assert state["step"] == 2
+        results.append((parameter, state))
+    for parameter, state in results[1:]:
+        torch.testing.assert_close(parameter, results[0][0], rtol=0, atol=0)
+        for key, tensor in state.items():
+            torch.testing.assert_close(tensor, results[0][1][key], rtol=0, atol=0)
+
+
+def test_pieces_change_neither_result_nor_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, slope = torch.randn(5001).bfloat16(), torch.randn(5001).bfloat16()
+    results = []
+    for size in (2**22, 512):
+        monkeypatch.setattr(state_formats, "PIECE_ELEMENTS", size)
+        parameter, state = weight.clone(), Float32().create((5001,), DEVICE)
+        for _ in range(3):
+            Float32().adamw([Update(parameter, slope, state)], SETTINGS)
+        results.append((parameter, state))
+    (whole, whole_state), (pieced, pieced_state) = results
+    assert torch.equal(pieced, whole)
+    assert pieced_state["step"] == whole_state["step"] == 3
+    # the kernel's vector part and its tail differ by a rounding
+    torch.testing.assert_close(
+        pieced_state["exp_avg_sq"], whole_state["exp_avg_sq"], rtol=3 * 2**-24, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected_bytes"), [(torch.float32, 0), (torch.bfloat16, 8 * 1024 + 4)]
+)
+def test_temporaries_are_bounded_by_a_piece(
+    dtype: torch.dtype, expected_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_formats, "PIECE_ELEMENTS", 1024)
+    parameter, gradient = torch.randn(5001).to(dtype), torch.randn(5001).to(dtype)
+    state = Float32().create((5001,), DEVICE)
+    with LiveBytes([parameter, gradient, *state.values()]) as seen:
+        Float32().adamw([Update(parameter, gradient, state)], SETTINGS)
+    assert seen.peak_bytes == expected_bytes
+
+
+def test_code_maps_exist_once() -> None:
+    form = Int8()
+    assert form.shared_tensors() == []
+    updates = [
+        Update(torch.randn(300), torch.randn(300), form.create((300,), DEVICE)) for _ in range(3)
+    ]
+    form.adamw(updates, SETTINGS)
+    form.adamw(updates, SETTINGS)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in form.shared_tensors()) == 2048
+    assert all(update.state["step"] == 2 for update in updates)
