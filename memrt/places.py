@@ -27,7 +27,7 @@ class Mover:
 
     def __init__(self, model: nn.Module, ledger: Ledger | None) -> None:
         self._model = model
-        self._ledger = ledger
+        self.ledger = ledger
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._num_files = 0
 
@@ -68,4 +68,4 @@ class Mover:
         return mapped[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
     def _placing(self, place: Place) -> AbstractContextManager[None]:
-        return self._ledger.placing(place) if self._ledger is not None else nullcontext()
+        return self.ledger.placing(place) if self.ledger is not None else nullcontext()

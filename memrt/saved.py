@@ -54,12 +54,12 @@ class SavedTensorChain:
     ) -> None:
         self._stages = [a for a in attachments if type(a).pack is not Attachment.pack]
         self._model = model
-        self._ledger = ledger
+        self.ledger = ledger
         self._weights: frozenset[int] = frozenset()
 
     def hooks(self) -> AbstractContextManager[Any]:
         """A context for one micro-batch."""
-        if not self._stages and self._ledger is None:
+        if not self._stages and self.ledger is None:
             return nullcontext()
         tensors = [*self._model.parameters(), *self._model.buffers()]
         self._weights = frozenset(t.untyped_storage()._cdata for t in tensors)
@@ -69,7 +69,7 @@ class SavedTensorChain:
         if tensor.untyped_storage()._cdata in self._weights:
             return tensor
         packed = self._pack_from(0, tensor)
-        if self._ledger is None:
+        if self.ledger is None:
             return packed
         tokens: list[SavedToken] = []
         self._save(packed, tokens)
@@ -77,8 +77,8 @@ class SavedTensorChain:
 
     def _save(self, packed: Any, tokens: list[SavedToken]) -> None:
         if isinstance(packed, Tensor):
-            assert self._ledger is not None
-            tokens.append(self._ledger.save(packed))
+            assert self.ledger is not None
+            tokens.append(self.ledger.save(packed))
         elif isinstance(packed, tuple):
             for item in packed:
                 self._save(item, tokens)
