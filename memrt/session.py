@@ -194,6 +194,11 @@ class Session:
             )
         torch.autograd.backward(loss)
 
+    @property
+    def replaces_backward(self) -> bool:
+        """Whether a strategy owns `Slot.BACKWARD`, so that `train_micro_batch` must be called."""
+        return self._backward_owner is not None
+
     def train_micro_batch(self, forward: Callable[[], Tensor], *, last: bool = True) -> Tensor:
         """Forward and backward of one micro-batch in one call; any strategy may own them."""
         with self.micro_batch(last=last):
@@ -227,6 +232,18 @@ class Session:
         self._in_step = False
         self.step_index += 1
 
+    def abandon_step(self) -> None:
+        """Forget a step that was opened and never applied (an exception ended it)."""
+        self._in_step = False
+
+    def drop_ledger(self) -> None:
+        """Stop counting; the ledger's log stays readable."""
+        if self.ledger is not None:
+            self.ledger.close()
+        self.ledger = None
+        self._mover.drop_ledger()
+        self._saved = SavedTensorChain(self.attachments, self.model, None)
+
     # ---------------------------------------------------------------- gradients
 
     @property
@@ -234,6 +251,11 @@ class Session:
         """Whether a strategy keeps gradients outside `.grad`."""
         base = Attachment.squared_gradient_norm
         return any(type(a).squared_gradient_norm is not base for a in self.attachments)
+
+    @property
+    def norm_kind(self) -> str:
+        """`"exact"`, or what a strategy makes of the gradient norm (such as `"projected"`)."""
+        return next((a.norm_kind for a in self.attachments if a.norm_kind != "exact"), "exact")
 
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of this step's gradient, hidden gradients included (0-dim fp32)."""
@@ -346,10 +368,11 @@ class Session:
                 "resume with the same strategies"
             )
         self.step_index = int(state["step"])
-        self._parked = {name: self._moved(s, "host") for name, s in state["parked"].items()}
+        self._parked = {}  # what this run parked so far must not come back with the loaded set
         for attachment in self.attachments:
             with self._owned_by(attachment.name):
                 attachment.load_state_dict(state["strategies"][attachment.name])
+        self._parked = {name: self._moved(s, "host") for name, s in state["parked"].items()}
 
     def detach(self) -> None:
         """Leave the model as it was found: modules, classes, hooks, `requires_grad`."""

@@ -149,6 +149,9 @@ class Strategy:
 class Attachment:
     """The runtime of a strategy on one model and one run. Override the doors that are used."""
 
+    norm_kind: str = "exact"
+    """What the session's gradient norm is under this strategy: "exact", or e.g. "projected"."""
+
     def __init__(self, settings: Strategy, run: Session) -> None:
         self.settings = settings
         self.run = run
