@@ -28,6 +28,11 @@ TABLE_BIN = 2**-15  # the width of a bin of bitsandbytes' CPU table, in units of
 MOMENT_ERROR = 4 * 2**-24
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def new_state(num_elements: int) -> dict[str, Tensor]:
     return {
         "exp_avg_codes": torch.zeros(num_elements, dtype=torch.uint8),
@@ -274,6 +279,18 @@ def test_it_trains_as_fp32_adamw_does() -> None:
     assert loss_of(weight).item() < 1e-3 * start
     difference = (weight - exact.detach()).square().mean().sqrt().item()
     assert difference < 0.02  # the weights are N(0, 1)
+
+
+def test_untouched_blocks_stay_zero() -> None:
+    """No gradient ever: the moments are zero whatever their codes, and nothing moves."""
+    ours, reference = new_state(300), new_state(300)
+    for step, state in ((adamw_int8, ours), (adamw_int8_reference, reference)):
+        parameter = torch.ones(300)
+        arguments = {**SETTINGS, "weight_decay": 0.0}
+        step(parameter, torch.zeros(300), **state, **maps(), step=torch.tensor(1.0), **arguments)
+        assert torch.equal(parameter, torch.ones(300))
+        assert state["exp_avg_sq_codes"].min() == 1
+        assert not any(moment.any() for moment in moments(state))
 
 
 # ---------------------------------------------------------------- the operator itself

@@ -21,6 +21,11 @@ SETTINGS = AdamWSettings(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=
 DEVICE = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 def exact_step(weight: Tensor, gradient: Tensor, m: Tensor, v: Tensor, t: int) -> None:
     """AdamW in fp64, in place."""
     s = SETTINGS
