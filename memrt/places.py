@@ -53,10 +53,6 @@ class Mover:
                 return tensor.to(device, non_blocking=tensor.is_pinned())
             return tensor.clone()
 
-    def drop_ledger(self) -> None:
-        """Move without telling anybody from now on."""
-        self._ledger = None
-
     def _to_disk(self, tensor: Tensor) -> Tensor:
         from torch._subclasses.fake_tensor import FakeTensor
 

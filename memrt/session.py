@@ -236,14 +236,6 @@ class Session:
         """Forget a step that was opened and never applied (an exception ended it)."""
         self._in_step = False
 
-    def drop_ledger(self) -> None:
-        """Stop counting; the ledger's log stays readable."""
-        if self.ledger is not None:
-            self.ledger.close()
-        self.ledger = None
-        self._mover.drop_ledger()
-        self._saved = SavedTensorChain(self.attachments, self.model, None)
-
     # ---------------------------------------------------------------- gradients
 
     @property
