@@ -1,0 +1,250 @@
+"""A low-rank subspace of one weight's gradient, filled without ever forming that gradient.
+
+For a weight [m, n] with dW = rowsᵀ @ columns, rows [tokens, m] and columns [tokens, n], and a
+basis of rank r on the smaller side:
+
+    m < n    left:   P [m, r],  R = Pᵀ dW = (rows P)ᵀ columns  [r, n],  lift(N) = P N
+    else     right:  P [n, r],  R = dW P = rowsᵀ (columns P)   [m, r],  lift(N) = N Pᵀ
+
+R is linear in dW, so summing it over the micro-batches of a step is exact. Every ``every`` steps
+the basis is found anew, from the first micro-batch of the step and before its R: by randomized
+subspace iteration, started from the old basis. Its columns get the signs that make
+diag(P_newᵀ P_old) >= 0, for the moments are kept.
+
+Bytes, with s = min(m, n) and l = max(m, n): the basis, s · r · 4 (bfloat16: 2), and R, l · r · 4,
+from a step's first gradient until ``clear()``; dW would be m · n · 4 (or 2). Workspace: that of
+``memrt.optimizers.range_finder`` at a refresh, with k = r + 8, and of ``gradient_products``.
+
+Source: Zhao et al., GaLore (arXiv 2403.03507), with the products reordered. For its exact SVD come
+iterations that capture .998 of the energy where singular values are i^-1/2, more where they fall
+faster (128 × 200, r = 16: 3 from nothing; 2 from an old basis .997; CPU, torch 2.13).
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from memrt.kernels.gradient_products import add_gradient_times_, gradient_squared_norm
+from memrt.kernels.mixed_precision import add_matmul_
+from memrt.optimizers.range_finder import leading_basis
+
+__all__ = ["Subspace"]
+
+_OVERSAMPLE = 8  # columns beyond the rank while a basis is sought, as Halko et al. advise (5 to 10)
+_FIRST_ITERATIONS = 3
+_REFRESH_ITERATIONS = 2
+
+
+class Subspace:
+    """The basis and the projected gradient of one weight: a gradient sink and a projection.
+
+    In every optimizer step: ``begin_step``, one ``accumulate`` for every micro-batch, ``apply`` and
+    ``clear``. ``offset`` staggers the refreshes of many weights: steps are counted from 0, step 0
+    finds every basis, and later ones are due at each step > 0 with (step - offset) % every == 0.
+
+    ``norm`` says what ``squared_norm`` means: ‖R‖², which is at most ‖dW‖², or "exact" ‖dW‖², which
+    exists for a single ``accumulate`` in a step, for the norm of a sum needs cross terms.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        *,
+        rank: int,
+        every: int,
+        offset: int = 0,
+        scale: float = 1.0,
+        norm: Literal["projected", "exact"] = "projected",
+        basis_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        index: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not 1 <= rank < min(shape):
+            raise ValueError(
+                f"rank is {rank} for a weight {shape}: give 1 to {min(shape) - 1}, or no projection"
+            )
+        if every < 1 or not 0 <= offset < every:
+            raise ValueError(f"every is {every} and offset {offset}: give 0 <= offset < every")
+        if not scale > 0.0:
+            raise ValueError(f"scale is {scale}: give a positive number")
+        if norm not in ("projected", "exact"):
+            raise ValueError(f"norm is {norm!r}: give 'projected' or 'exact'")
+        if basis_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"basis_dtype is {basis_dtype}: give torch.float32 or torch.bfloat16")
+        self.weight_shape = (shape[0], shape[1])
+        self.side: Literal["left", "right"] = "left" if shape[0] < shape[1] else "right"
+        self.rank = rank
+        self.refresh_count = 0
+        self._every, self._offset, self._scale = every, offset, scale
+        self._norm, self._basis_dtype = norm, basis_dtype
+        self._seed, self._index, self._device = seed, index, torch.device(device)
+        self._basis: Tensor | None = None  # [s, rank]
+        self._gradient: Tensor | None = None  # of self.shape
+        self._exact_squared_norm: Tensor | None = None
+        self._frozen = False
+        self._refresh_pending = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of the projected gradient, and so of the moments."""
+        rows, columns = self.weight_shape
+        return (self.rank, columns) if self.side == "left" else (rows, self.rank)
+
+    def begin_step(self, step: int) -> None:
+        """Decide whether the next gradient refreshes the basis, at optimizer step ``step`` >= 0.
+
+        A refresh that found no gradient in its step is made up for at the next gradient.
+        """
+        if self._gradient is not None:
+            raise RuntimeError(f"step {step} begins before the last one was cleared: call clear()")
+        due = step == 0 or self._basis is None or (step - self._offset) % self._every == 0
+        self._refresh_pending = not self._frozen and (self._refresh_pending or due)
+
+    def request_refresh(self) -> None:
+        """Refresh at the next step's first gradient, as after a step skipped for infinities."""
+        if self._frozen:
+            raise RuntimeError("the basis is frozen: call set_basis(..., frozen=False) first")
+        self._refresh_pending = True
+
+    @torch.no_grad()
+    def accumulate(self, rows: Tensor, columns: Tensor) -> None:
+        """Project rowsᵀ @ columns and add it up, for rows [tokens, m], columns [tokens, n]."""
+        given = (rows.shape[1], columns.shape[1])
+        if given != self.weight_shape or rows.shape[0] != columns.shape[0]:
+            raise ValueError(
+                f"rows are {tuple(rows.shape)} and columns {tuple(columns.shape)}: "
+                f"give [tokens, m] and [tokens, n] of a weight {self.weight_shape}"
+            )
+        if self._norm == "exact" and self._gradient is not None:
+            raise RuntimeError(
+                "the exact norm of a gradient that is never formed needs a single micro-batch: "
+                "use norm='projected', or no accumulation"
+            )
+        small, large = (rows, columns) if self.side == "left" else (columns, rows)
+        with torch.autocast(rows.device.type, enabled=False):
+            if self._refresh_pending and self._gradient is None:
+                self._refresh(small, large)
+            if self._basis is None:
+                raise RuntimeError("there is no basis yet: call begin_step() before backward")
+            if self._norm == "exact":
+                self._exact_squared_norm = gradient_squared_norm(rows, columns)
+            if self._gradient is None:
+                self._gradient = torch.zeros(self.shape, dtype=torch.float32, device=self._device)
+            total = self._gradient.t() if self.side == "left" else self._gradient  # [l, rank]
+            add_gradient_times_(total, large, small, self._basis.float())
+
+    def _refresh(self, small: Tensor, large: Tensor) -> None:
+        """Find the basis of the gradient smallᵀ @ large, or keep the old one if it has none."""
+        old = None if self._basis is None else self._basis.float()
+        start = self._start_block(old)
+        iterations = _FIRST_ITERATIONS if old is None else _REFRESH_ITERATIONS
+        basis, sound = leading_basis(
+            small, large, start=start, rank=self.rank, iterations=iterations
+        )
+        if old is None:
+            # A first gradient that is zero or infinite: any subspace is as good, until a refresh.
+            old = torch.linalg.qr(start).Q[:, : self.rank]
+        else:
+            basis.mul_(torch.where((basis * old).sum(dim=0) < 0.0, -1.0, 1.0))
+        self._basis = torch.where(sound, basis, old).to(self._basis_dtype)
+        self.refresh_count += 1
+        self._refresh_pending = False
+
+    def _start_block(self, old: Tensor | None) -> Tensor:
+        """Return [s, k]: the old basis, then random columns that depend on nothing else."""
+        size = min(self.weight_shape)
+        fixed = 0 if old is None else self.rank
+        num_random = min(self.rank + _OVERSAMPLE, size) - fixed
+        key = f"{self._seed},{self._index},{self.refresh_count}".encode()
+        generator = torch.Generator(device=self._device)
+        generator.manual_seed(int.from_bytes(blake2b(key, digest_size=8).digest(), "big"))
+        noise = torch.randn(size, num_random, generator=generator, device=self._device)
+        return noise if old is None else torch.cat([old, noise], dim=1)
+
+    def gradient(self) -> Tensor | None:
+        """The projected gradient (fp32), summed over the step; None if nothing arrived."""
+        return self._gradient
+
+    def squared_norm(self) -> Tensor:
+        """Return ‖R‖², or with "exact" ‖dW‖², as a 0-dim fp32 tensor; zero if nothing arrived."""
+        if self._gradient is None:
+            return torch.zeros((), dtype=torch.float32, device=self._device)
+        if self._exact_squared_norm is not None:
+            return self._exact_squared_norm.clone()
+        norm: Tensor = torch.linalg.vector_norm(self._gradient)
+        return norm.square()
+
+    def scale_gradient_(self, factor: Tensor | float) -> None:
+        """Multiply the step's gradient, and with it its norm, by ``factor`` (clipping)."""
+        if self._gradient is not None:
+            self._gradient.mul_(factor)
+        if self._exact_squared_norm is not None:
+            self._exact_squared_norm.mul_(factor).mul_(factor)
+
+    def clear(self) -> None:
+        """Free the gradient after the step: the basis alone is kept."""
+        self._gradient = self._exact_squared_norm = None
+
+    @torch.no_grad()
+    def apply(self, weight: Tensor, direction: Tensor, *, lr: float) -> None:
+        """In place: weight <- weight - lr * scale * lift(direction).
+
+        Narrow weights are rounded to the nearest: to round stochastically, pass an fp32 copy.
+        """
+        given = (tuple(weight.shape), tuple(direction.shape))
+        if given != (self.weight_shape, self.shape):
+            raise ValueError(
+                f"weight and direction are {given}: give {self.weight_shape} and {self.shape}"
+            )
+        if self._basis is None:
+            raise RuntimeError("there is no basis yet: nothing was accumulated")
+        left, right = self._basis, direction
+        if self.side == "right":
+            left, right = direction, self._basis.t()
+        with torch.autocast(weight.device.type, enabled=False):
+            add_matmul_(weight, left, right, alpha=-lr * self._scale)
+
+    def set_basis(self, basis: Tensor, *, frozen: bool = True) -> None:
+        """Put in a basis [s, k], which sets the rank to k; frozen, it is never refreshed."""
+        size = min(self.weight_shape)
+        if basis.dim() != 2 or basis.shape[0] != size or not 1 <= basis.shape[1] <= size:
+            raise ValueError(
+                f"basis is {tuple(basis.shape)}: give [{size}, k] with k at most {size}"
+            )
+        if self._gradient is not None:
+            raise RuntimeError("the step's gradient is in the old basis: call clear() first")
+        self._basis = basis.detach().to(device=self._device, dtype=self._basis_dtype, copy=True)
+        self.rank = basis.shape[1]
+        self._frozen, self._refresh_pending = frozen, False
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor that is held now, by name."""
+        held = ("basis", self._basis), ("gradient", self._gradient)
+        norm = ("squared_norm", self._exact_squared_norm)
+        return {name: tensor for name, tensor in (*held, norm) if tensor is not None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later run needs between two steps; the basis only once there is one."""
+        state: dict[str, Any] = {} if self._basis is None else {"basis": self._basis}
+        state |= {"refresh_count": self.refresh_count, "frozen": self._frozen}
+        return state | {"refresh_pending": self._refresh_pending}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the place of the subspace that gave ``state``, between two steps."""
+        basis = state.get("basis")
+        expected = (min(self.weight_shape), self.rank)
+        if basis is not None and tuple(basis.shape) != expected:
+            raise ValueError(
+                f"the saved basis is {tuple(basis.shape)}, not {expected}: resume with its rank"
+            )
+        options: dict[str, Any] = {"device": self._device, "dtype": self._basis_dtype}
+        self._basis = None if basis is None else basis.to(**options, copy=True)
+        self.refresh_count = int(state["refresh_count"])
+        self._refresh_pending = bool(state["refresh_pending"])
+        self._frozen = bool(state["frozen"])
+        self.clear()
