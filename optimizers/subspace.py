@@ -190,6 +190,12 @@ class Subspace:
         """Free the gradient after the step: the basis alone is kept."""
         self._gradient = self._exact_squared_norm = None
 
+    def forget(self) -> None:
+        """Free the basis too, as when the weight stops training; its next gradient finds one."""
+        self.clear()
+        if not self._frozen:
+            self._basis = None
+
     @torch.no_grad()
     def apply(self, weight: Tensor, direction: Tensor, *, lr: float) -> None:
         """In place: weight <- weight - lr * scale * lift(direction).

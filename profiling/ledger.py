@@ -101,8 +101,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._forward_since is not None and torch._C._current_graph_task_id() != -1:
             self._book_kept()
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "memrt":
-            self._count_workspace(func, args, kwargs or {})
         if isinstance(result, Tensor):
             self._see(result, func)
         elif isinstance(result, (tuple, list)):
@@ -113,6 +111,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     for inner in item:
                         if isinstance(inner, Tensor):
                             self._see(inner, func)
+        if func.namespace == "memrt":  # scratch lives beside the outputs
+            self._count_workspace(func, args, kwargs or {})
         return result
 
     def _see(self, tensor: Tensor, func: Any) -> None:

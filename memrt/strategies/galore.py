@@ -186,6 +186,7 @@ class _Galore(Attachment):
                 scale=settings.scale,
                 seed=settings.seed,
                 index=index,
+                device=module.weight.device,  # type: ignore[arg-type,union-attr]
                 norm=settings.norm,  # type: ignore[arg-type]
             )
             kind = type(module)
@@ -243,7 +244,11 @@ class _Galore(Attachment):
 
     def tensors(self) -> list[tuple[Tensor, Account]]:
         """Bases are optimizer state, R is the gradient."""
-        accounts = {"basis": Account.OPTIMIZER, "gradient": Account.GRADIENTS}
+        accounts = {
+            "basis": Account.OPTIMIZER,
+            "gradient": Account.GRADIENTS,
+            "squared_norm": Account.WORKSPACE,
+        }
         return [
             (tensor, accounts[kind])
             for subspace in self.subspaces.values()
