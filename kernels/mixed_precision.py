@@ -67,8 +67,8 @@ def scaled(
     out = tensor if in_place and same else torch.empty_like(tensor, dtype=dtype)
     if out.dtype == tensor.dtype == factor.dtype:
         return torch.mul(tensor, factor, out=out)
-    # A 0-dim factor takes the dtype of the tensor that it multiplies: 1/3 would be rounded to bf16,
-    # and a gradient scaler's 65536 overflows in float16.
+    # On a GPU a 0-dim factor is first cast to the dtype of what it multiplies: 1/3 would be rounded
+    # to bf16, and a gradient scaler's 65536 overflow in float16.
     rows = block_rows(tensor[:1].numel())
     for source, target in zip(torch.split(tensor, rows), torch.split(out, rows), strict=True):
         target.copy_(source.to(factor.dtype, copy=True).mul_(factor))

@@ -180,7 +180,7 @@ def test_a_gradient_without_a_subspace_leaves_a_usable_basis(bad: float) -> None
     assert torch.equal(held(subspace, "basis"), found)
 
 
-@pytest.mark.parametrize("size", [1e-18, 1e12])
+@pytest.mark.parametrize("size", [1e-28, 1e18])
 def test_gradients_of_any_size_have_the_same_subspace(size: float) -> None:
     rows, columns = factors((24, 40))
     bases = []
