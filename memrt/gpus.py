@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Gpu"]
+__all__ = ["Gpu", "Overhead"]
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -19,6 +19,17 @@ _CUBLAS_BYTES = {"low": 8_519_680, "expected": 8_519_680, "high": 32 * 2**20}
 # Bytes that the caching allocator reserves and cannot use; no bound is known, 5 % is what PyTorch's
 # own memory guides call ordinary. The low bound has none.
 _FRAGMENTATION = {"low": 0.0, "expected": 0.02, "high": 0.05}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overhead:
+    """Device bytes that belong to no tensor: a range, and where its numbers come from."""
+
+    name: str
+    low: int
+    expected: int
+    high: int
+    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +51,35 @@ class Gpu:
         return cls(text=text, total_bytes=int(float(match.group(1)) * unit))
 
     @staticmethod
+    def overheads(rounded_peak_bytes: int) -> list[Overhead]:
+        """What a device holds beside an allocator's peak of `rounded_peak_bytes`."""
+        return [
+            Overhead(
+                name="fragmentation",
+                source="0, 2 and 5 % of the peak; no bound is known",
+                **{
+                    bound: int(rounded_peak_bytes * (1 + share)) - rounded_peak_bytes
+                    for bound, share in _FRAGMENTATION.items()
+                },
+            ),
+            Overhead(
+                name="CUDA context",
+                source="pytorch issues 37250, 101159, 28113: 200 to 700 MiB; not measured by memrt",
+                **_CONTEXT_BYTES,
+            ),
+            Overhead(
+                name="cuBLAS workspace",
+                source="PyTorch's CublasHandlePool.cpp: 8,519,680 bytes before Hopper, then 32 MiB",
+                **_CUBLAS_BYTES,
+            ),
+        ]
+
+    @staticmethod
     def required_bytes(rounded_peak_bytes: int) -> dict[str, int]:
         """Low, expected and high device bytes around the allocator's predicted peak."""
+        overheads = Gpu.overheads(rounded_peak_bytes)
         return {
-            bound: int(rounded_peak_bytes * (1 + _FRAGMENTATION[bound]))
-            + _CONTEXT_BYTES[bound]
-            + _CUBLAS_BYTES[bound]
+            bound: rounded_peak_bytes + sum(getattr(each, bound) for each in overheads)
             for bound in ("low", "expected", "high")
         }
 
