@@ -27,7 +27,9 @@ because bitsandbytes decays before the update on the CPU and after it on CUDA.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -255,9 +257,22 @@ def _pieces(start: int, stop: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, stop))
 
 
+@contextmanager
+def _without_hub_warning() -> Iterator[None]:
+    """bitsandbytes warns on import that it found no CPU kernel on a hub; nothing here uses it."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _bitsandbytes_update() -> Callable[..., None]:
     try:
-        from bitsandbytes.functional import optimizer_update_8bit_blockwise
+        with _without_hub_warning():
+            from bitsandbytes.functional import optimizer_update_8bit_blockwise
     except ImportError as error:
         raise ImportError(
             "8-bit optimizer state is computed by bitsandbytes, which cannot be imported; "

@@ -6,6 +6,7 @@ makes a plan equal to a run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -80,7 +81,7 @@ def train_step(run: Run, window: Sequence[Batch], *, read_values: bool = True) -
         total = loss if total is None else total + loss
     if read_values and total is not None:
         value = float(total)
-        if not torch.isfinite(total):
+        if not math.isfinite(value):
             raise NonFiniteLossError(step=session.step_index, loss=value, checkpoint=None)
         run.losses.append(value)
     norm = session.step()

@@ -91,6 +91,7 @@ class Session:
         if ledger is not None:
             with ledger.phase("load"):
                 ledger.register_model(model)
+            ledger.finish_loading()
 
     # ---------------------------------------------------------------- what strategies call
 

@@ -236,6 +236,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._phase, self._step = before
 
+    def finish_loading(self) -> None:
+        """From now on, what runs outside of every phase is called `other`."""
+        if self._phase == "load":
+            self._phase = "other"
+
     @contextmanager
     def owned_by(self, owner: str) -> Iterator[None]:
         """Storages born inside belong to `owner`."""

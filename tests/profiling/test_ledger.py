@@ -157,7 +157,7 @@ def test_backward_is_attributed_to_the_module_of_the_forward() -> None:
         if r.operator == "aten.tanh_backward.default"
     }
     assert born == {("1", "aten.tanh_backward.default")}
-    assert set(ledger.timeline.phase_peaks()) == {"load", "forward", "backward", "step"}
+    assert set(ledger.timeline.phase_peaks()) - {"other"} == {"load", "forward", "backward", "step"}
 
 
 def test_account_maxima_are_at_least_the_breakdown_at_the_peak() -> None:
