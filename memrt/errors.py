@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["ConflictError", "NonFiniteLossError", "nearest", "unknown_name"]
+__all__ = ["CheckpointWriteError", "ConflictError", "NonFiniteLossError", "nearest", "unknown_name"]
 
 
 class ConflictError(ValueError):
@@ -47,4 +47,17 @@ class NonFiniteLossError(FloatingPointError):
         super().__init__(
             f"the loss is {loss} at optimizer step {step}; the step was not applied and {saved}. "
             "Lower the learning rate, set max_grad_norm, or look at the batch of this step"
+        )
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; what was saved before is untouched."""
+
+    def __init__(self, *, folder: str, free_bytes: int, cause: BaseException) -> None:
+        self.folder = folder
+        self.free_bytes = free_bytes
+        super().__init__(
+            f"{folder} could not be written: {type(cause).__name__}: {cause}. Its disk has "
+            f"{free_bytes / 2**30:.2f} GiB free; earlier checkpoints are untouched and nothing of "
+            "this one is left. Free space, or set output_dir, save_total_limit or save_only_model"
         )

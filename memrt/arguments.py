@@ -1,0 +1,65 @@
+"""`TrainingArguments`: transformers' arguments plus which memory strategies a run uses.
+
+They go through `HfArgumentParser`: on the command line `--strategies "lisa(layers=2)" int8_states`,
+in YAML a list of strings or of mappings (`- lisa: {layers: 2}`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import transformers
+
+from memrt import registry
+
+__all__ = ["TrainingArguments"]
+
+
+def _decoded(spec: Any) -> Any:
+    """A strategy as JSON text (`'{"name": "lisa", "layers": 2}'`) becomes a mapping."""
+    if not isinstance(spec, str) or not spec.lstrip().startswith("{"):
+        return spec
+    try:
+        return json.loads(spec)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"strategies: {spec!r} is not JSON ({error}); mind the quotes") from None
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
+    """The fields of `transformers.TrainingArguments`, and three of memrt's."""
+
+    # transformers' parser resolves the annotation and reads `list[str]` as one or more strings;
+    # mappings and Strategy objects are accepted as well and come out as strings
+    strategies: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Memory strategies as name or name(option=value, ...), for example "
+            '"lisa(layers=2, every=20)", or as JSON with "name" and options.'
+        },
+    )
+    memory_report: bool = field(
+        default=False,
+        metadata={
+            "help": "Count every storage of the first 3 optimizer steps and write "
+            "<output_dir>/memrt/report.json. Those steps run slower."
+        },
+    )
+    stop_on_nonfinite: bool = field(
+        default=True,
+        metadata={"help": "Stop with an error when the loss becomes NaN or infinite."},
+    )
+
+    def __post_init__(self) -> None:
+        specs = [] if self.strategies is None else self.strategies
+        if isinstance(specs, str):
+            raise ValueError(f"strategies={specs!r}: must be a list; write [{specs!r}]")
+        for name in ("memory_report", "stop_on_nonfinite"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
+        parsed = registry.parse_all([_decoded(spec) for spec in specs])
+        # strings, so that the arguments go to JSON, to a logger and through dataclasses.replace
+        self.strategies = [str(strategy) for strategy in parsed]
+        super().__post_init__()

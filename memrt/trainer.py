@@ -1,0 +1,325 @@
+"""Strategies under Hugging Face's face: a mixin over transformers' Trainer, and `Trainer` itself.
+
+    class T(MemoryMixin, SFTTrainer): ...       # over any subclass of transformers.Trainer
+
+The mixin attaches a `Session` at the end of `__init__` and drives it from the Trainer's own
+extension points; the training loop stays transformers'. Without strategies it changes nothing but
+how a checkpoint comes to its name (`memrt.checkpoint`).
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from memrt import registry
+from memrt.checkpoint import CheckpointMixin, recover
+from memrt.errors import ConflictError, NonFiniteLossError
+from memrt.first_steps import FirstSteps
+from memrt.session import Session
+from memrt.structure import RunSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from memrt.strategy import Strategy
+
+__all__ = ["MemoryMixin", "Trainer"]
+
+_TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
+
+
+class _Steps(transformers.TrainerCallback):  # type: ignore[misc]
+    """Tells the mixin where training and its optimizer steps begin and end."""
+
+    def __init__(self, trainer: MemoryMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer._begin_training()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer._begin_step()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._trainer._end_step()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._trainer._end_counting()
+
+
+class MemoryMixin(CheckpointMixin):
+    """Put it before a Trainer class: `class T(MemoryMixin, SomeTrainer)`.
+
+    Takes `strategies` (names such as `"lisa(layers=2)"`, JSON, or Strategy objects) unless the
+    arguments have them, and `probe_dataset`, the held-out data that some strategies look at.
+    """
+
+    optimizer: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if transformers.Trainer in order[: order.index(MemoryMixin)]:
+            raise TypeError(f"{cls.__name__}: MemoryMixin must come before the Trainer class")
+
+    def __init__(
+        self,
+        *args: Any,
+        strategies: Sequence[str | Strategy | Mapping[str, Any]] | None = None,
+        probe_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._built: torch.optim.Optimizer | None = None
+        self._first_steps: FirstSteps | None = None
+        super().__init__(*args, **kwargs)
+        in_arguments = getattr(self.args, "strategies", [])
+        if strategies and in_arguments:
+            raise ValueError(
+                f"strategies={list(strategies)!r} were given to the Trainer and "
+                f"{in_arguments!r} in its arguments; give them in one place"
+            )
+        self._strategies = registry.parse_all(strategies or in_arguments)
+        if probe_dataset is not None and not self._strategies:
+            raise ValueError("probe_dataset is what strategies look at, and there is none")
+        self._probe_dataset = probe_dataset
+        self._stop_on_nonfinite = getattr(self.args, "stop_on_nonfinite", False)
+        self._report_is_due = getattr(self.args, "memory_report", False)
+        if self._strategies or self._report_is_due:
+            self._attach()
+            self.add_callback(_Steps(self))
+            # first in the row, so that the user's callbacks see what the strategies made active
+            callbacks = self.callback_handler.callbacks
+            callbacks.insert(0, callbacks.pop())
+
+    # ---------------------------------------------------------------- session
+
+    def _attach(self) -> None:
+        """A session over the model of now; refuses before anything is touched."""
+        first_steps = FirstSteps(device=self.args.device) if self._report_is_due else None
+        settings = self._run_settings()
+        session = Session(
+            self._bare_model(),
+            self._strategies,
+            settings=settings,
+            ledger=None if first_steps is None else first_steps.ledger,
+            probe_batches=None if self._probe_dataset is None else self._probe_batches,
+        )
+        if session.rules() and settings.optimizer != "adamw":
+            problem = _optimizer_conflict(settings.optimizer, session)
+            session.detach()
+            raise problem
+        self.session, self._first_steps = session, first_steps
+
+    def _bare_model(self) -> nn.Module:
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model
+
+    def _run_settings(self) -> RunSettings:
+        args = self.args
+        sharded = "fsdp" if args.fsdp else "deepspeed" if self.is_deepspeed_enabled else None
+        if sharded is None and args.world_size > 1:
+            sharded = "distributed data parallel"  # expects of gradients what the others do
+        recomputes = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
+        return RunSettings(
+            learning_rate=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            epsilon=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm or 0.0,
+            accumulation_steps=args.gradient_accumulation_steps,
+            optimizer=self._optimizer_name(),
+            fp16=self.accelerator.mixed_precision == "fp16",
+            data_parallel=args.n_gpu > 1,
+            sharded=sharded,
+            gradient_checkpointing=recomputes
+            or bool(getattr(args, "activation_checkpointing", False))
+            or bool(getattr(args, "gradient_checkpointing", False)),
+            label_smoothing=args.label_smoothing_factor,
+            custom_loss=self.compute_loss_func is not None,
+            seed=args.seed,
+        )
+
+    def _optimizer_name(self) -> str:
+        if self.optimizer is not None:
+            return type(self.optimizer).__name__
+        if self.optimizer_cls_and_kwargs is not None:
+            return str(self.optimizer_cls_and_kwargs[0].__name__)
+        name = str(getattr(self.args.optim, "value", self.args.optim))
+        return "adamw" if name in _TORCH_ADAMW else name
+
+    def _probe_batches(self, count: int) -> list[Any]:
+        """The first `count` batches of the probe set; no RNG and no loader is advanced."""
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="probe")
+        with torch.random.fork_rng(devices=[]):
+            rows = iter(self._probe_dataset)
+            chunks = [list(islice(rows, self.args.eval_batch_size)) for _ in range(count)]
+            return [self._prepare_inputs(collate(chunk)) for chunk in chunks if chunk]
+
+    # ---------------------------------------------------------------- training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `train`, once what a killed save may have left is in order."""
+        if self._strategies and not getattr(self.session, "attachments", None):
+            raise RuntimeError("the model was exported without its strategies; make a new Trainer")
+        self._last_checkpoint = None
+        if self.args.should_save:
+            recover(Path(self.args.output_dir))
+        self.accelerator.wait_for_everyone()
+        return super().train(*args, **kwargs)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Every `train()` comes here when model and arguments are final: `model_init` has run."""
+        super()._hp_search_setup(trial)
+        if self.session is not None and self.session.model is not self._bare_model():
+            self._attach()
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            if self._first_steps is not None:
+                self._first_steps.abandon()
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """The strategies' optimizer over transformers' decay groups, or transformers' own."""
+        session = self.session
+        if session is not None and self.optimizer is None and session.rules():
+            whole = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(whole))
+            named = [(name, p) for name, p in whole.named_parameters() if p.requires_grad]
+            self.optimizer = self._built = session.build_optimizer(
+                [
+                    {
+                        "params": [(name, p) for name, p in named if (name in decayed) is decays],
+                        "weight_decay": self.args.weight_decay if decays else 0.0,
+                    }
+                    for decays in (True, False)
+                ]
+            )
+        optimizer = super().create_optimizer(*([] if model is None else [model]))
+        if session is not None:
+            self._adopt(session)
+        return optimizer
+
+    def _adopt(self, session: Session) -> None:
+        raw = self.optimizer
+        while hasattr(raw, "optimizer"):  # accelerate's wrapper
+            raw = raw.optimizer
+        if session.rules() and raw is not self._built:
+            raise _optimizer_conflict(type(raw).__name__, session)
+        if session.optimizer is not raw:
+            session.adopt_optimizer(raw)
+
+    def _begin_training(self) -> None:
+        assert self.session is not None
+        self.session.abandon_step()
+        self._adopt(self.session)  # a subclass may make its optimizer in another way
+
+    def _begin_step(self) -> None:
+        assert self.session is not None
+        if self._first_steps is not None:
+            self._first_steps.begin()
+        self.session.begin_step()
+
+    def _end_step(self) -> None:
+        assert self.session is not None
+        self.session.end_step()
+        if self._first_steps is not None and self._first_steps.end():
+            self._end_counting()
+
+    def _end_counting(self) -> None:
+        counted = self._first_steps
+        if counted is None or not counted.num_counted:
+            return
+        assert self.session is not None
+        self._first_steps, self._report_is_due = None, False
+        self.session.drop_ledger()
+        if self.is_world_process_zero():
+            counted.write(
+                Path(self.args.output_dir) / "memrt" / "report.json",
+                model=self._bare_model(),
+                strategies=[str(strategy) for strategy in self._strategies],
+                per_device_train_batch_size=self._train_batch_size,
+                gradient_accumulation_steps=self.args.gradient_accumulation_steps,
+                mixed_precision=self.accelerator.mixed_precision,
+            )
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One micro-batch, inside the strategies' contexts or with a backward of their own."""
+        session = self.session
+        loss: Tensor
+        if session is None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        elif session.replaces_backward:
+            loss = self._step_without_backward(session, model, inputs, num_items_in_batch)
+        else:
+            with session.micro_batch(last=self.accelerator.sync_gradients):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._stop_on_nonfinite and not bool(torch.isfinite(loss).all()):
+            raise NonFiniteLossError(
+                step=self.state.global_step + 1, loss=float(loss), checkpoint=self._last_checkpoint
+            )
+        return loss
+
+    def _step_without_backward(
+        self, session: Session, model: nn.Module, inputs: dict[str, Any], num_items: Any
+    ) -> Tensor:
+        model.train()
+        prepared = self._prepare_inputs(inputs)
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:  # num_items counts the whole step: a loss divided by it needs no more
+            scaled = self.compute_loss_func is not None or (
+                self.model_accepts_loss_kwargs and num_items is not None
+            )
+
+        def forward() -> Tensor:
+            with self.compute_loss_context_manager():
+                # compute_loss takes labels out of its inputs, and forward may be called again
+                loss = self.compute_loss(model, dict(prepared), num_items_in_batch=num_items)
+            result: Tensor = loss if scaled else loss / self.current_gradient_accumulation_steps
+            return result
+
+        return session.train_micro_batch(forward, last=self.accelerator.sync_gradients)
+
+    # ---------------------------------------------------------------- gradient norm
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if self.session is not None and self.session.has_hidden_gradients:
+            return self.session.clip_gradients(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        session = self.session
+        if grad_norm is None and session is not None and session.has_hidden_gradients:
+            grad_norm = session.gradient_norm()
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """transformers' `log`; a norm that is not the gradient's own is not called so."""
+        kind = "exact" if self.session is None else self.session.norm_kind
+        if kind != "exact" and "grad_norm" in logs:
+            new = f"grad_norm_{kind}"
+            logs = {new if key == "grad_norm" else key: value for key, value in logs.items()}
+        super().log(logs, *args, **kwargs)
+
+
+def _optimizer_conflict(optimizer: str, session: Session) -> ConflictError:
+    bringing = ", ".join(a.name for a in session.attachments if a.rules())
+    return ConflictError(
+        [
+            f"the optimizer {optimizer} has its own update rule and {bringing} builds on memrt's "
+            "AdamW; leave the optimizer out (optim='adamw_torch_fused', the default)"
+        ]
+    )
+
+
+class Trainer(MemoryMixin, transformers.Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` with memory strategies."""
