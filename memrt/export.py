@@ -1,0 +1,121 @@
+"""Export: a folder that plain transformers loads, from a run or from one of its checkpoints.
+
+Strategies undo or fold what they did to the model (`Session.export`); state of optimizer, random
+numbers and strategies stays behind. The tensors are those of the trained model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+
+from memrt.checkpoint import SETTINGS_NAME, STATE_NAME, load_state, read_strategies, staged
+from memrt.session import Session
+from memrt.trainer import MemoryMixin
+
+__all__ = ["export_checkpoint", "export_run", "strip"]
+
+_RUN_FILES = (
+    "optimizer*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "trainer_state.json",
+    "training_args.bin",
+    STATE_NAME,
+    SETTINGS_NAME,
+)
+# written anew from the exported model
+_MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json")
+
+
+def _restore_forward(model: nn.Module) -> None:
+    """Take off the mixed-precision wrapper that accelerate puts on the instance."""
+    original = vars(model).pop("_original_forward", None)
+    if original is None:
+        return
+    vars(model).pop("forward", None)
+    if getattr(original, "__func__", None) is not type(model).forward:
+        model.forward = original  # it was the instance's own before
+
+
+def strip(run: Session) -> nn.Module:
+    """End a run: its model, in the form that plain transformers loads."""
+    _restore_forward(run.model)
+    return run.export()
+
+
+def _target(output_dir: str | Path) -> Path:
+    target = Path(output_dir).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"output_dir={str(output_dir)!r} is taken; name a new or empty folder")
+    return target
+
+
+def export_run(
+    run: Session | MemoryMixin, output_dir: str | Path, *, processing_class: Any = None
+) -> Path:
+    """Write the model of a session or Trainer as a plain transformers folder, and end the run.
+
+    `processing_class` is the tokenizer or processor to write beside it (a Trainer's own if None).
+    """
+    target = _target(output_dir)
+    if isinstance(run, MemoryMixin):
+        session, whole = run.session, run._bare_model()
+        processing_class = processing_class or run.processing_class
+    else:
+        session, whole = run, run.model
+    if not isinstance(whole, transformers.PreTrainedModel):
+        raise ValueError(
+            f"{type(whole).__name__} is not a transformers model, so no folder can be written that "
+            "from_pretrained loads; save memrt.export.strip(run).state_dict() yourself"
+        )
+    with staged(target) as folder:
+        if session is None:
+            _restore_forward(whole)
+        else:
+            strip(session)
+        whole.save_pretrained(folder)
+        if processing_class is not None:
+            processing_class.save_pretrained(folder)
+    return target
+
+
+def _load(checkpoint: Path) -> Any:
+    if not (checkpoint / "config.json").is_file():
+        raise ValueError(
+            f"{checkpoint} has no config.json; name a checkpoint of a transformers run"
+        )
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    names = config.architectures or [""]
+    kind = getattr(transformers, names[0], None)
+    if kind is None:
+        raise ValueError(
+            f"config.architectures={names} of {checkpoint} is no class of transformers "
+            f"{transformers.__version__}; load the model yourself and call export_run"
+        )
+    return kind.from_pretrained(checkpoint)
+
+
+def export_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> Path:
+    """Write a checkpoint folder of a run as a plain transformers folder.
+
+    The strategies that wrote it are attached again, given their state and asked to export.
+    """
+    source, target = Path(checkpoint), _target(output_dir)
+    model = _load(source)
+    strategies = read_strategies(source)
+    if strategies:
+        session = Session(model, strategies)
+        session.load_strategy_state(load_state(source, strategies))
+        model = strip(session)
+    with staged(target) as folder:
+        model.save_pretrained(folder)
+        for path in sorted(source.iterdir()):
+            if path.is_file() and not any(map(path.match, (*_RUN_FILES, *_MODEL_FILES))):
+                shutil.copy(path, folder)
+    return target
