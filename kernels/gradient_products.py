@@ -65,7 +65,7 @@ def _squared_norm_of_grams(a: Tensor, b: Tensor, *, tile: int) -> Tensor:
 
 def _squared_norm_of_tiles(a: Tensor, b: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float32, device=a.device)
-    for columns in torch.split(a, block_rows(2 * b.shape[1]), dim=1):
+    for columns in torch.split(a, block_rows(2 * b.shape[1], a.shape[1]), dim=1):
         tile = torch.zeros(columns.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
         for piece_a, piece_b in _pieces(columns, b, row_elements=0):
             tile.addmm_(piece_a.t(), piece_b)
@@ -81,6 +81,6 @@ def _pieces(a: Tensor, b: Tensor, *, row_elements: int) -> Iterator[tuple[Tensor
     """
     if a.dtype != torch.float32 or b.dtype != torch.float32:
         row_elements += a.shape[1] + b.shape[1]
-    rows = block_rows(2 * row_elements) if row_elements else max(1, a.shape[0])
+    rows = block_rows(2 * row_elements, a.shape[0]) if row_elements else max(1, a.shape[0])
     for start in range(0, a.shape[0], rows):
         yield a[start : start + rows].float(), b[start : start + rows].float()

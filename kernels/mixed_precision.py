@@ -2,8 +2,8 @@
 
 PyTorch's in-place operators want one dtype: a bf16 product cannot be added into an fp32 sum, an
 fp32 one into a bf16 weight, nor a bf16 gradient be multiplied by an fp32 number, without a
-full-size copy or a rounded factor. Here they go piece by piece: at most BLOCK_ELEMENTS elements of
-a temporary live at once, 32 MiB in fp32.
+full-size copy or a rounded factor. Here they go piece by piece: a temporary has at most
+BLOCK_ELEMENTS elements (128 MiB in fp32) or an eighth of what it stands for, whichever is more.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from torch import Tensor
 __all__ = ["BLOCK_ELEMENTS", "add_matmul_", "add_product_", "block_rows", "product_dtype", "scaled"]
 
 # A bound on workspace, not tuned: large enough for a GPU to be busy, small beside any vocabulary.
-BLOCK_ELEMENTS = 2**23
+BLOCK_ELEMENTS = 2**25
+# More pieces than this would cost more launches than they save bytes.
+MAX_PIECES = 8
 
 
-def block_rows(row_elements: int) -> int:
-    """Return how many rows of ``row_elements`` elements are worked on at once."""
-    return max(1, BLOCK_ELEMENTS // max(1, row_elements))
+def block_rows(row_elements: int, num_rows: int = 0) -> int:
+    """Return how many of ``num_rows`` rows of ``row_elements`` elements are worked on at once."""
+    return max(1, BLOCK_ELEMENTS // max(1, row_elements), -(-num_rows // MAX_PIECES))
 
 
 def product_dtype(tensor: Tensor) -> torch.dtype:
@@ -35,7 +37,7 @@ def add_product_(total: Tensor, rows: Tensor, columns: Tensor) -> None:
     if total.dtype == rows.dtype:
         total.addmm_(rows.t(), columns)
         return
-    tile_rows = block_rows(total.shape[1])
+    tile_rows = block_rows(total.shape[1], total.shape[0])
     tiles = zip(torch.split(total, tile_rows), torch.split(rows, tile_rows, dim=1), strict=True)
     for tile, row_tile in tiles:
         tile.add_(torch.mm(row_tile.t(), columns))
@@ -51,7 +53,7 @@ def add_matmul_(total: Tensor, left: Tensor, right: Tensor, *, alpha: float) -> 
     if total.dtype == dtype:
         total.addmm_(left, right, alpha=alpha)
         return
-    rows = block_rows(total.shape[1])
+    rows = block_rows(total.shape[1], total.shape[0])
     for piece, left_piece in zip(torch.split(total, rows), torch.split(left, rows), strict=True):
         piece.copy_(piece.to(dtype).addmm_(left_piece, right, alpha=alpha))
 
@@ -69,7 +71,7 @@ def scaled(
         return torch.mul(tensor, factor, out=out)
     # On a GPU a 0-dim factor is first cast to the dtype of what it multiplies: 1/3 would be rounded
     # to bf16, and a gradient scaler's 65536 overflow in float16.
-    rows = block_rows(tensor[:1].numel())
+    rows = block_rows(tensor[:1].numel(), tensor.shape[0])
     for source, target in zip(torch.split(tensor, rows), torch.split(out, rows), strict=True):
         target.copy_(source.to(factor.dtype, copy=True).mul_(factor))
     return out

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from memrt.errors import NonFiniteLossError
@@ -87,8 +85,3 @@ def train_step(run: Run, window: Sequence[Batch], *, read_values: bool = True) -
     norm = session.step()
     if read_values and norm is not None:
         run.gradient_norms.append(float(norm))
-
-
-def autocast(device_type: str, dtype: torch.dtype | None) -> Any:
-    """Mixed precision around a forward; nothing for None."""
-    return nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)

@@ -43,8 +43,10 @@ __all__ = [
 ]
 
 MIN_INT8_ELEMENTS = 4096
-# fp32 copies of half-precision tensors are made for so many elements at a time: 32 MiB for two
+# fp32 copies of half-precision tensors are made for so many elements at a time (32 MiB for two), or
+# for a sixteenth of the parameter, whichever is more: small pieces of large weights cost launches
 PIECE_ELEMENTS = 2**22
+MAX_PIECES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,13 +289,14 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _pieces(update: Update) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Parameter, gradient and moments, cut into pieces of at most `PIECE_ELEMENTS` elements."""
+    """Parameter, gradient and moments, in at most `MAX_PIECES` pieces."""
     parameter, gradient, state = update
     exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]  # always contiguous
     if not (parameter.is_contiguous() and gradient.is_contiguous()):
         yield parameter, gradient, exp_avg, exp_avg_sq
         return
     p, g, m, v = (t.detach().view(-1) for t in (parameter, gradient, exp_avg, exp_avg_sq))
-    for start in range(0, p.numel(), PIECE_ELEMENTS):
-        part = slice(start, start + PIECE_ELEMENTS)
+    size = max(PIECE_ELEMENTS, -(-p.numel() // MAX_PIECES))
+    for start in range(0, p.numel(), size):
+        part = slice(start, start + size)
         yield p[part], g[part], m[part], v[part]

@@ -8,6 +8,7 @@ float work stays fake, and peak and accounts come out equal to the byte.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,15 +23,14 @@ __all__ = ["fake_tensors", "real_tensors"]
 # Above this many elements integer work stays fake too: 2^24 int64 are 128 MiB of host memory.
 _MAX_REAL_ELEMENTS = 1 << 24
 
+# What ids, positions, labels and masks are made of. Bytes (uint8) are codes of quantised tensors.
+_REAL_DTYPES = frozenset({torch.bool, torch.int16, torch.int32, torch.int64})
+
 _INTEGER_FACTORIES = frozenset({"aten::arange", "aten::randint"})
 
 
 def _is_small_integer(tensor: Tensor) -> bool:
-    return (
-        not tensor.dtype.is_floating_point
-        and not tensor.dtype.is_complex
-        and tensor.numel() <= _MAX_REAL_ELEMENTS
-    )
+    return tensor.dtype in _REAL_DTYPES and tensor.numel() <= _MAX_REAL_ELEMENTS
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -68,7 +68,8 @@ class _IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func._schema.name in _INTEGER_FACTORIES and all(
                 not isinstance(value, float) for value in args
             )
-        return not dtype.is_floating_point and not dtype.is_complex
+        sizes = args[0] if args and isinstance(args[0], (list, tuple)) else ()
+        return dtype in _REAL_DTYPES and math.prod(sizes) <= _MAX_REAL_ELEMENTS
 
 
 @contextmanager
