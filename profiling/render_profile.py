@@ -1,0 +1,189 @@
+"""The sections of a profile: predicted, counted, allocator and driver side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from memrt.profiling.accounts import Account
+from memrt.profiling.render import Column, Section
+from memrt.profiling.render_sections import (
+    account_title,
+    bytes_table,
+    conditions_section,
+    device_section,
+    places_section,
+    top_section,
+)
+from memrt.profiling.report import format_bytes
+
+__all__ = ["profile_sections"]
+
+Report = Mapping[str, Any]
+
+_MONITORED = ("forward", "backward", "step")
+
+
+def profile_sections(report: Report) -> list[Section]:
+    """What `memrt profile` shows."""
+    return [
+        _accounts(report),
+        _phases(report),
+        _driver(report) if report["monitor"]["at_peak"] else _host(report),
+        _speed(report),
+        places_section(report),
+        device_section(report),
+        top_section(report),
+        conditions_section(report["conditions"]),
+    ]
+
+
+def _watched_peak(monitor: Report, column: str) -> int | None:
+    """The largest of a phase column over the steps without the ledger."""
+    found = [
+        phase[column]
+        for name, phase in monitor["phases"].items()
+        if name in _MONITORED and phase[column] is not None
+    ]
+    return max(found) if found else None
+
+
+def _accounts(report: Report) -> Section:
+    predicted, monitor = report["predicted"], report["monitor"]
+    rows: list[list[Any]] = [
+        [account_title(a.value), predicted["accounts"][a.value], report["accounts"][a.value]]
+        for a in Account
+    ]
+    rows.append(["peak", predicted["peak_bytes"], report["peak_bytes"]])
+    columns = [
+        Column(title="at the peak"),
+        Column(title="predicted", kind="bytes"),
+        Column(title="counted", kind="bytes"),
+    ]
+    notes = []
+    for title, value, reason in (
+        ("allocator", _watched_peak(monitor, "allocated_peak_bytes"), "allocator"),
+        ("NVML", monitor["process_peak_bytes"], "nvml"),
+        ("RSS", _watched_peak(monitor, "rss_peak_bytes"), ""),
+    ):
+        if value is None:
+            why = monitor["unavailable"].get(reason, "no reading fell into the run")
+            notes.append(f"{title}: not available: {why}.")
+            continue
+        columns.append(Column(title=title, kind="bytes"))
+        for row in rows:
+            row.append(value if row[0] == "peak" else None)
+    table = bytes_table(columns, rows)
+    region = report["region"]
+    where = f" in {region['module']}" if region["module"] else ""
+    return Section(
+        title=f"memrt profile: {report['conditions']['model']}, {report['stack']}",
+        before=[
+            f"Bytes in {table.unit}. The peak, {format_bytes(report['peak_bytes'])}, comes in "
+            f"{region['phase']}{where}. Predicted: memrt plan at the same shapes. Counted: the "
+            "ledger over the first 2 steps. The others saw the steps after them."
+        ],
+        table=table,
+        after=["\n".join(notes)] if notes else [],
+    )
+
+
+def _phases(report: Report) -> Section:
+    monitored = report["monitor"]["phases"]
+    extra = [
+        Column(title="allocator", kind="bytes"),
+        Column(title="NVML device", kind="bytes"),
+        Column(title="RSS", kind="bytes"),
+    ]
+    keys = ["allocated_peak_bytes", "device_used_peak_bytes", "rss_peak_bytes"]
+    shown = [i for i, key in enumerate(keys) if any(p[key] is not None for p in monitored.values())]
+    names = [*report["phases"], *(name for name in _MONITORED if name not in report["phases"])]
+    rows = []
+    for name in names:
+        seen = monitored.get(name, {})
+        rows.append(
+            [
+                name,
+                report["predicted"]["phases"].get(name),
+                report["phases"].get(name),
+                *(seen.get(keys[i]) for i in shown),
+            ]
+        )
+    columns = [
+        Column(title="phase"),
+        Column(title="predicted", kind="bytes"),
+        Column(title="counted", kind="bytes"),
+        *(extra[i] for i in shown),
+    ]
+    table = bytes_table(columns, rows)
+    return Section(title=f"Peak of every phase ({table.unit})", table=table)
+
+
+def _driver(report: Report) -> Section:
+    """Lines that sum to what nvidia-smi shows."""
+    split = report["monitor"]["at_peak"]
+    counted = report["peak_bytes"]
+    rows = [[account_title(a.value), report["accounts"][a.value]] for a in Account]
+    rows.append(["rounding, kernel scratch", split["allocated_bytes"] - counted])
+    rows.append(["cached and fragmented", split["cached_bytes"]])
+    others = split["other_processes_bytes"]
+    unknown = split["scope"] == "device" and others is None
+    context = "CUDA context and libraries"
+    rows.append(
+        [f"{context}, other processes" if unknown else context, split["context_and_other_bytes"]]
+    )
+    if others is not None:
+        rows.append(["other processes and driver", others])
+    if split["shortfall_bytes"]:
+        rows.append(["read at different instants", -split["shortfall_bytes"]])
+    rows.append([f"what nvidia-smi shows ({split['scope']})", split["nvml_bytes"]])
+    table = bytes_table([Column(title="line"), Column(title="bytes", kind="bytes")], rows)
+    return Section(
+        title=f"Lines that sum to what nvidia-smi shows ({table.unit})",
+        table=table,
+        after=list(split["flags"]),
+    )
+
+
+def _host(report: Report) -> Section:
+    """Lines that sum to the resident set size, where there is no driver to ask."""
+    monitor = report["monitor"]
+    before = monitor["baseline"]["rss_bytes"]
+    peak = _watched_peak(monitor, "rss_peak_bytes") or monitor["rss_peak_bytes"]
+    counted = report["peak_bytes"] + sum(
+        num_bytes for place, num_bytes in report["place_peaks"].items() if place == "host"
+    )
+    rows = [
+        ["before the model was loaded (Python, libraries, data)", before],
+        ["counted by the ledger, device and host", counted],
+        ["the rest (library buffers, what malloc keeps, kernel scratch)", peak - before - counted],
+        ["largest resident set size (RSS)", peak],
+    ]
+    table = bytes_table([Column(title="line"), Column(title="bytes", kind="bytes")], rows)
+    return Section(
+        title=f"Lines that sum to this process's memory ({table.unit})",
+        before=["No NVML here, so this is host memory as the operating system counts it."],
+        table=table,
+    )
+
+
+def _speed(report: Report) -> Section:
+    lines = [
+        f"- tokens/s without the ledger: {report['tokens_per_second']:,.0f}",
+        f"- loss: {report['loss']:.3f} (mean over the last 3 optimizer steps)",
+    ]
+    energy = report["joules_per_token"]
+    if energy is None:
+        reason = report["monitor"]["unavailable"].get("energy_joules", "no energy was read")
+        lines.append(f"- energy per token: not available: {reason}")
+    else:
+        source = report["monitor"]["energy_source"]
+        lines.append(f"- energy per token: {energy * 1000:.2f} mJ ({source})")
+    scratch = report["kernel_scratch"]
+    if scratch is not None:
+        largest = format_bytes(scratch["largest_bytes"])
+        lines.append(
+            f"- kernel scratch: at most {largest} inside one operator ({scratch['operator']}); it "
+            "is in no account, torch's profiler alone sees it"
+        )
+    return Section(title="Speed", before=["\n".join(lines)])
