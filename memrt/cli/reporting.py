@@ -1,0 +1,65 @@
+"""Handing a finished report to the user: on stdout, and into its folder."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+
+    from memrt.cli.output import ReportFolder
+    from memrt.gpus import Gpu
+
+__all__ = ["add_gpu", "claim_folder", "deliver", "parse_gpu"]
+
+
+def parse_gpu(arguments: argparse.Namespace) -> Gpu | None:
+    """The card of `--gpu`; `ValueError` for a size that is none."""
+    from memrt.gpus import Gpu
+
+    return None if arguments.gpu is None else Gpu.parse(arguments.gpu)
+
+
+def claim_folder(arguments: argparse.Namespace, *, kind: str) -> ReportFolder | None:
+    """The folder of `--output`, checked before the run begins; None when none was named."""
+    from memrt.cli.output import ReportFolder
+
+    if arguments.output is None:
+        if arguments.force:
+            raise ValueError("--force has no effect without --output; leave it out")
+        return None
+    return ReportFolder.claim(arguments.output, kind=kind, force=arguments.force)
+
+
+def add_gpu(report: dict[str, Any], gpu: Gpu | None) -> None:
+    """Add what a device holds beside the tensors, and whether it fits the card."""
+    from memrt.gpus import Gpu
+
+    rounded = report["rounded_peak_bytes"]
+    report["device_bytes"] = Gpu.required_bytes(rounded)
+    report["overheads"] = [asdict(each) for each in Gpu.overheads(rounded)]
+    report["gpu"] = None if gpu is None else gpu.to_json()
+    report["fits"] = None if gpu is None else report["device_bytes"]["high"] <= gpu.total_bytes
+
+
+def deliver(
+    report: dict[str, Any], arguments: argparse.Namespace, folder: ReportFolder | None
+) -> None:
+    """Print first, so that a full disk cannot lose the result; then write the folder."""
+    from memrt.profiling.render import print_report, to_markdown
+
+    text = json.dumps(report, indent=2, allow_nan=False)
+    if arguments.json:
+        print(text)
+    else:
+        print_report(report)
+    sys.stdout.flush()
+    if folder is None:
+        return
+    kept = folder.write({"report.md": to_markdown(report), "report.json": text + "\n"})
+    if kept is not None:
+        print(f"the earlier report is now {kept}", file=sys.stderr)
+    print(f"report: {folder.path / 'report.md'}, {folder.path / 'report.json'}", file=sys.stderr)
