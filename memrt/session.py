@@ -234,8 +234,11 @@ class Session:
         self.step_index += 1
 
     def abandon_step(self) -> None:
-        """Forget a step that was opened and never applied (an exception ended it)."""
-        self._in_step = False
+        """Clean up after a step that was opened and never applied (an exception ended it)."""
+        if self._in_step:
+            for attachment in reversed(self.attachments):
+                attachment.after_step(self.step_index)
+            self._in_step = False
 
     # ---------------------------------------------------------------- gradients
 
