@@ -4,8 +4,10 @@
 bytes, and two things are read off it: which random numbers its constructors draw (they are thrown
 away later, but they move the generator), and which tensors each call of `_init_weights` writes.
 Then the calls run in transformers' order on tensors that are made just before their first write
-and handed on right after their last, so that what is alive is the result so far plus the tensors
-that one call writes together (almost always one; CLIP's attention writes its four at once).
+and handed on right after their last, so that what is alive is the result so far plus what one call
+writes: a module's own tensors, which is one for most (a layer's experts, or the four weights that
+CLIP's attention writes for its children, are more). On top comes the scratch of the initialiser:
+none for all but `trunc_normal_` (ModernBERT, ViT), where torch takes up to 4.5 times the tensor.
 
 Bits: equal to `torch.manual_seed(seed); from_config(config)`. For that the thrown-away draws are
 drawn again into one scratch tensor each, which costs the time that `from_config` spends on them.
@@ -237,12 +239,15 @@ def _trial_calls(model: nn.Module, submodels: list[tuple[Any, int]]) -> list[Ini
     seen: set[int] = set()
     recorder = _Recorder()
 
-    def visit(module: nn.Module, owner: Any) -> Iterator[InitCall]:
+    def visit(module: nn.Module, owner: Any, custom: bool) -> Iterator[InitCall]:
         for child in module.children():
-            yield from visit(child, child if isinstance(child, PreTrainedModel) else owner)
+            inner = child if isinstance(child, PreTrainedModel) else owner
+            yield from visit(child, inner, custom)
         if id(module) in seen:
             return
         seen.add(id(module))
+        if custom and not module._parameters and not module._buffers:
+            return  # transformers passes over such modules in code that is not its own
         recorder.written.clear()
         owner._init_weights(module)
         keys = sorted(recorder.written & order.keys(), key=order.__getitem__)
@@ -255,7 +260,11 @@ def _trial_calls(model: nn.Module, submodels: list[tuple[Any, int]]) -> list[Ini
         _probes(model, recorder.written),
         recorder,
     ):
-        return [call for submodel, _ in submodels for call in visit(submodel, submodel)]
+        return [
+            call
+            for submodel, _ in submodels
+            for call in visit(submodel, submodel, submodel.is_custom_code())
+        ]
 
 
 def initialize(

@@ -2,8 +2,8 @@
 
 Each weight is read (or drawn), cast, handed to every strategy's `place_weight` in phase order, put
 in place, and its source dropped. Peak, host and device together: the result plus the largest single
-tensor as it is stored; the ledger shows it in phase "load". Exceptions: tensors that one
-`_init_weights` call writes together (`memrt.initialization`) and converted ones
+tensor as it is stored; the ledger shows it in phase "load". Exceptions, with their sizes: random
+weights that transformers draws together (`memrt.initialization`), fused experts
 (`memrt.weight_files`).
 
 Equal bit for bit to transformers: a folder with weights to `from_pretrained` (and, like that, in
@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -149,7 +150,7 @@ def _refuse(config: Any) -> None:
 
 
 def _bar(context: ExitStack, total: int) -> Callable[[], None]:
-    bar = context.enter_context(Progress(transient=True))
+    bar = context.enter_context(Progress(console=Console(stderr=True), transient=True))
     weights = bar.add_task("loading weights", total=total)
     return lambda: bar.advance(weights)
 

@@ -110,7 +110,7 @@ def resolve_config(path_or_config: Any, *, trust_remote_code: bool = False) -> A
             f"path_or_config={path_or_config!r}: must be a path, a Hub id or a transformers config"
         )
     name = str(path_or_config)
-    local = Path(name).exists()
+    local = name != "" and Path(name).exists()
     values = _read_json(_local_config(Path(name))) if local else _hub_config(name)
     model_type = values.get("model_type")
     if "AutoConfig" in (values.get("auto_map") or {}):
@@ -234,6 +234,11 @@ def weight_source(path_or_config: Any, config: Any) -> WeightSource | None:
     if not isinstance(path_or_config, (str, Path)) or Path(path_or_config).is_file():
         return None
     name = str(path_or_config)
+    if _fetch(name, "adapter_config.json", config) is not None:
+        raise ValueError(
+            f"{name!r} holds a PEFT adapter; load the base model, add the adapter with peft and "
+            "use memrt.prepare"
+        )
     filename = getattr(config, "transformers_weights", None) or "model.safetensors"
     if filename.endswith(".safetensors"):
         single = _fetch(name, filename, config)

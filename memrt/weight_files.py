@@ -6,8 +6,8 @@ tensor on a map is a view of the whole file. With `pread` a tensor owns its byte
 
 Names come from transformers' own rules (renamings, base-model prefix, weight conversions), so that
 what loads there loads here. A conversion, such as experts that are saved one by one and fused in
-the model, needs its inputs and its output at the same time: for those tensors the extra memory is
-the inputs of one conversion instead of one tensor.
+the model, needs its inputs and its output at the same time: while one runs it holds twice the fused
+tensor.
 """
 
 from __future__ import annotations
@@ -134,10 +134,8 @@ class WeightFiles:
         a, b = (self._handles[key].get_slice(key) for key in (first, second))
         row_bytes = 8 * max(1, torch.Size(shape[1:]).numel())
         rows = max(1, _COMPARE_BYTES // row_bytes)
-        return all(
-            torch.equal(a[start : start + rows].to(dtype), b[start : start + rows].to(dtype))
-            for start in range(0, shape[0], rows)
-        )
+        parts = [slice(at, min(at + rows, shape[0])) for at in range(0, shape[0], rows)]
+        return all(torch.equal(a[part].to(dtype), b[part].to(dtype)) for part in parts)
 
 
 @dataclass(slots=True, kw_only=True)
