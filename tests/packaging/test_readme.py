@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -13,6 +14,8 @@ import pytest
 
 import memrt
 from benchmarks import tables
+from memrt.cli.main import COMMANDS, _modules, _parser, main
+from memrt.cli.stacks import parse_stack
 from memrt.errors import ConflictError
 from memrt.testing import tiny_model
 from tests.packaging.source_tree import ROOT
@@ -72,9 +75,6 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_on_the_page_are_understood(page: Path) -> None:
     """Every `memrt ...` line of a shell block goes through the parser and the registry."""
-    from memrt.cli.main import COMMANDS, _modules, _parser
-    from memrt.cli.stacks import parse_stack
-
     lines = "".join(_blocks(page.read_text("utf-8"), "bash")).splitlines()
     parser = _parser(_modules(None))
     for line in lines:
@@ -128,3 +128,28 @@ def test_a_stale_table_is_found_and_rewritten() -> None:
 def test_an_unknown_table_is_refused() -> None:
     with pytest.raises(ValueError, match="table 'nothing' is unknown"):
         tables.fill("<!-- table: nothing -->\n<!-- end -->")
+
+
+def test_the_newest_comparison_is_shown_with_its_conditions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--steps", "4", "--seq", "16", "--batch", "1", "--evaluation-fraction", "0")
+    assert (
+        main(["compare", "--strategies", "none", "lisa", *sizes, "--output", str(tmp_path / "out")])
+        == 0
+    )
+    capsys.readouterr()
+    report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    for name, date in (("a", "2026-03-01T00:00:00Z"), ("b", "2026-02-01T00:00:00Z")):
+        report["conditions"]["date"] = date
+        (results / f"compare-{name}.json").write_text(json.dumps(report))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    shown = tables.fill("<!-- table: compare -->\nold\n<!-- end -->")
+    assert re.search(r"^\| none +\|", shown, re.M)
+    assert re.search(r"^\| lisa +\|", shown, re.M)
+    assert "2026-03-01" in shown
+    assert "(benchmarks/results/compare-a.json)" in shown
+    assert f"torch {report['conditions']['packages']['torch']}" in shown
+    assert "old" not in shown
