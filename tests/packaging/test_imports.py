@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("memrt.strategies",),
     ("memrt.session",),
     ("memrt.runner", "memrt.planning", "memrt.measure", "memrt.checkpoint"),  # drive a session
-    ("memrt.trainer",),
+    ("memrt.trainer", "memrt.export"),
     ("memrt.cli", "memrt.__main__"),
 )
 """Lowest first. A module imports from its own layer and from lower ones."""
