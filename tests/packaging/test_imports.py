@@ -20,10 +20,21 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("memrt.profiling",),
     ("memrt.kernels",),
     ("memrt.optimizers",),
-    ("memrt",),  # what is not named below: the protocol, and what strategies are made of
+    (  # the protocol, and what strategies and sessions are made of
+        "memrt.compose",
+        "memrt.errors",
+        "memrt.head",
+        "memrt.optimizer_slots",
+        "memrt.places",
+        "memrt.registry",
+        "memrt.saved",
+        "memrt.strategy",
+        "memrt.structure",
+        "memrt.surgery",
+    ),
     ("memrt.strategies",),
     ("memrt.session",),
-    ("memrt.runner", "memrt.planning", "memrt.measure", "memrt.checkpoint"),  # drive a session
+    ("memrt",),  # everything else drives sessions, or is about models, data and files
     ("memrt.trainer", "memrt.export"),
     ("memrt.cli", "memrt.__main__"),
 )
