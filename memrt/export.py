@@ -15,7 +15,7 @@ from torch import nn
 
 from memrt.checkpoint import SETTINGS_NAME, STATE_NAME, load_state, read_strategies, staged
 from memrt.session import Session
-from memrt.trainer import MemoryMixin
+from memrt.trainer import MemoryMixin, unwrap_mixed_precision
 
 __all__ = ["export_checkpoint", "export_run", "strip"]
 
@@ -33,19 +33,9 @@ _RUN_FILES = (
 _MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json")
 
 
-def _restore_forward(model: nn.Module) -> None:
-    """Take off the mixed-precision wrapper that accelerate puts on the instance."""
-    original = vars(model).pop("_original_forward", None)
-    if original is None:
-        return
-    vars(model).pop("forward", None)
-    if getattr(original, "__func__", None) is not type(model).forward:
-        model.forward = original  # it was the instance's own before
-
-
 def strip(run: Session) -> nn.Module:
     """End a run: its model, in the form that plain transformers loads."""
-    _restore_forward(run.model)
+    unwrap_mixed_precision(run.model)
     return run.export()
 
 
@@ -76,7 +66,7 @@ def export_run(
         )
     with staged(target) as folder:
         if session is None:
-            _restore_forward(whole)
+            unwrap_mixed_precision(whole)
         else:
             strip(session)
         whole.save_pretrained(folder)

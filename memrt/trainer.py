@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from memrt.strategy import Strategy
 
-__all__ = ["MemoryMixin", "Trainer"]
+__all__ = ["MemoryMixin", "Trainer", "unwrap_mixed_precision"]
 
 _TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
@@ -103,8 +103,10 @@ class MemoryMixin(CheckpointMixin):
         """A session over the model of now; refuses before anything is touched."""
         first_steps = FirstSteps(device=self.args.device) if self._report_is_due else None
         settings = self._run_settings()
+        model = self._bare_model()
+        unwrap_mixed_precision(model)  # an earlier Trainer's would hide a forward of a strategy's
         session = Session(
-            self._bare_model(),
+            model,
             self._strategies,
             settings=settings,
             ledger=None if first_steps is None else first_steps.ledger,
@@ -309,6 +311,18 @@ class MemoryMixin(CheckpointMixin):
             new = f"grad_norm_{kind}"
             logs = {new if key == "grad_norm" else key: value for key, value in logs.items()}
         super().log(logs, *args, **kwargs)
+
+
+def unwrap_mixed_precision(model: nn.Module) -> None:
+    """Take off the forward that accelerate puts on a model's instance for bf16 and fp16."""
+    original = vars(model).pop("_original_forward", None)
+    if original is None:
+        return
+    vars(model).pop("forward", None)
+    # otherwise accelerate takes the model for wrapped, and the next run has no autocast
+    vars(model).pop("_is_accelerate_prepared", None)
+    if getattr(original, "__func__", None) is not type(model).forward:
+        model.forward = original  # it was the instance's own before
 
 
 def _optimizer_conflict(optimizer: str, session: Session) -> ConflictError:

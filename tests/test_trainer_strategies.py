@@ -453,6 +453,18 @@ def test_training_twice_goes_on(tmp_path: Path) -> None:
     assert_equal(*ends)
 
 
+def test_a_model_that_another_trainer_wrapped_for_bf16_is_served(tmp_path: Path) -> None:
+    ends = []
+    for wrapped in (True, False):
+        model = model_of("llama")
+        if wrapped:
+            run(tmp_path, cls=transformers.Trainer, model=model, bf16=True, learning_rate=0.0)
+            assert "forward" in vars(model)
+        options = {"strategies": [SPECS["fused_loss"]]}
+        ends.append(weights(run(tmp_path, model=model, options=options, bf16=True, max_steps=2)))
+    assert_equal(*ends)
+
+
 def test_a_model_made_anew_gets_the_strategies_again(tmp_path: Path) -> None:
     """As in a search for hyperparameters: every train() has a new model and may have new values."""
     trainer = memrt.Trainer(
