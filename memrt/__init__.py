@@ -19,9 +19,10 @@ if not (_here / "kernels").is_dir():
 if TYPE_CHECKING:
     from memrt.arguments import TrainingArguments
     from memrt.loading import load
+    from memrt.plain_loop import prepare
     from memrt.planning import plan
     from memrt.registry import register
-    from memrt.session import Session, prepare
+    from memrt.session import Session
     from memrt.strategy import Attachment, Strategy
     from memrt.trainer import MemoryMixin, Trainer
 
@@ -36,7 +37,7 @@ _PUBLIC = {
     "TrainingArguments": "memrt.arguments",
     "load": "memrt.loading",
     "plan": "memrt.planning",
-    "prepare": "memrt.session",
+    "prepare": "memrt.plain_loop",
     "register": "memrt.registry",
 }
 

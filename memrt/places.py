@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +12,9 @@ from torch import Tensor
 from memrt.profiling.accounts import Place
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from torch import nn
 
-    from memrt.profiling.ledger import Ledger
+    from memrt.observer import Observer
 
 __all__ = ["Mover"]
 
@@ -25,9 +22,9 @@ __all__ = ["Mover"]
 class Mover:
     """Copies tensors into a place and tells the ledger where they lie."""
 
-    def __init__(self, model: nn.Module, ledger: Ledger | None) -> None:
+    def __init__(self, model: nn.Module, observer: Observer) -> None:
         self._model = model
-        self.ledger = ledger
+        self._observer = observer
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._num_files = 0
 
@@ -42,7 +39,7 @@ class Mover:
         except ValueError:
             known = ", ".join(p.value for p in Place)
             raise ValueError(f"place={place!r} is unknown; use one of: {known}") from None
-        with self._placing(target), torch.no_grad():
+        with self._observer.placing(target), torch.no_grad():
             if target is Place.DISK:
                 return self._to_disk(tensor)
             device = next(self._model.parameters()).device
@@ -65,7 +62,5 @@ class Mover:
         mapped = torch.from_file(
             str(path), shared=True, size=max(tensor.numel(), 1), dtype=tensor.dtype
         )
+        path.unlink()  # the mapping keeps the bytes until the tensor dies; none are left behind
         return mapped[: tensor.numel()].view(tensor.shape).copy_(tensor)
-
-    def _placing(self, place: Place) -> AbstractContextManager[None]:
-        return self.ledger.placing(place) if self.ledger is not None else nullcontext()

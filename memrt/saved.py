@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from memrt.profiling.ledger import Ledger, SavedToken
+    from memrt.observer import Observer
+    from memrt.profiling.ledger import SavedToken
 
 __all__ = ["SavedTensorChain"]
 
@@ -50,16 +51,16 @@ class SavedTensorChain:
     """
 
     def __init__(
-        self, attachments: Sequence[Attachment], model: nn.Module, ledger: Ledger | None
+        self, attachments: Sequence[Attachment], model: nn.Module, observer: Observer
     ) -> None:
         self._stages = [a for a in attachments if type(a).pack is not Attachment.pack]
         self._model = model
-        self.ledger = ledger
+        self._observer = observer
         self._weights: frozenset[int] = frozenset()
 
     def hooks(self) -> AbstractContextManager[Any]:
         """A context for one micro-batch."""
-        if not self._stages and self.ledger is None:
+        if not self._stages and self._observer.ledger is None:
             return nullcontext()
         tensors = [*self._model.parameters(), *self._model.buffers()]
         self._weights = frozenset(t.untyped_storage()._cdata for t in tensors)
@@ -69,7 +70,7 @@ class SavedTensorChain:
         if tensor.untyped_storage()._cdata in self._weights:
             return tensor
         packed = self._pack_from(0, tensor)
-        if self.ledger is None:
+        if self._observer.ledger is None:
             return packed
         tokens: list[SavedToken] = []
         self._save(packed, tokens)
@@ -77,8 +78,8 @@ class SavedTensorChain:
 
     def _save(self, packed: Any, tokens: list[SavedToken]) -> None:
         if isinstance(packed, Tensor):
-            assert self.ledger is not None
-            tokens.append(self.ledger.save(packed))
+            assert self._observer.ledger is not None
+            tokens.append(self._observer.ledger.save(packed))
         elif isinstance(packed, tuple):
             for item in packed:
                 self._save(item, tokens)

@@ -1,28 +1,23 @@
 """The session: attaches strategies to a model and drives their doors. The only object that does.
 
-It is also the `run` that strategies are handed. A plain loop uses it through `prepare`:
-
-    run = memrt.prepare(model, ["galore(rank=128)", "activation_checkpoint"], lr=1e-3)
-    for window in batches:                      # the micro-batches of one optimizer step
-        for batch in window:
-            with run.micro_batch(last=batch is window[-1]):
-                run.backward(loss_of(model, batch) / len(window))
-        run.step()
+It is also the `run` that strategies are handed. Plain loops get one from `memrt.prepare`, the
+Trainer makes its own.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from memrt import registry
+from memrt import gradients
 from memrt.compose import check_all
 from memrt.head import install_head
+from memrt.observer import Observer
 from memrt.optimizer_slots import build_optimizer
+from memrt.optimizer_state import OptimizerState
 from memrt.places import Mover
 from memrt.saved import SavedTensorChain
 from memrt.strategy import Attachment, Slot, Strategy
@@ -36,7 +31,7 @@ if TYPE_CHECKING:
     from memrt.profiling.ledger import Ledger
     from memrt.strategy import Rule
 
-__all__ = ["Session", "prepare"]
+__all__ = ["STATE_VERSION", "Session"]
 
 STATE_VERSION = 1
 
@@ -59,39 +54,44 @@ class Session:
     ) -> None:
         self.model = model
         self.strategies = list(strategies)
-        self.ledger = ledger
         self.facts = Facts(
             model=model, structure=discover(model), settings=settings or RunSettings()
         )
-        self.optimizer: torch.optim.Optimizer | None = None
         self.step_index = 0
         self.micro_batch_index = 0
         self.last_micro_batch = True
         self._in_step = False
         self._probe_batches = probe_batches
-        self._parked: dict[str, dict[str, Any]] = {}
-        self._projections: dict[nn.Parameter, Any] = {}
         check_all(self.strategies, self.facts)
         self._surgery = Surgery(model)
-        self._mover = Mover(model, ledger)
+        self._observer = Observer(ledger)
+        self._mover = Mover(model, self._observer)
+        self._state = OptimizerState(self._mover)
         self.attachments: list[Attachment] = []
         try:
             for strategy in self.strategies:
-                with self._owned_by(strategy.name):
+                with self._observer.owned_by(strategy.name):
                     self.attachments.append(strategy.attach(self))
         except BaseException:
             self.detach()
             raise
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-        self._saved = SavedTensorChain(self.attachments, model, ledger)
+        self._saved = SavedTensorChain(self.attachments, model, self._observer)
         self._backward_owner = self._owner_of(Slot.BACKWARD)
         head_owner = self._owner_of(Slot.HEAD)
         if head_owner is not None:
             install_head(self, head_owner)
-        if ledger is not None:
-            with ledger.phase("load"):
-                ledger.register_model(model)
-            ledger.finish_loading()
+        self._observer.register_model(model)
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The ledger that counts this run, while it does."""
+        return self._observer.ledger
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer that this session drives (torch's own object, not a wrapper)."""
+        return self._state.optimizer
 
     # ---------------------------------------------------------------- what strategies call
 
@@ -114,8 +114,7 @@ class Session:
 
     def account(self, tensor: Tensor, account: Account, *, owner: str) -> None:
         """Book a tensor in the ledger, if there is one."""
-        if self.ledger is not None:
-            self.ledger.tag(tensor, account, owner=owner)
+        self._observer.tag(tensor, account, owner=owner)
 
     def activate(self, names: Iterable[str], *, park: Place | str | None = None) -> None:
         """Train exactly these of the model's trainable parameters from now on.
@@ -132,11 +131,11 @@ class Session:
                 continue
             if name in wanted and not parameter.requires_grad:
                 parameter.requires_grad_(True)
-                self._restore_state(name, parameter)
+                self._state.restore(name, parameter)
             elif name not in wanted and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 parameter.grad = None
-                self._release_state(name, parameter, park)
+                self._state.release(name, parameter, park)
 
     def probe(self, count: int) -> list[Any]:
         """`count` batches of the held-out set that the user named; the loader is not advanced."""
@@ -153,7 +152,10 @@ class Session:
     def loss(self, batch: Mapping[str, Any]) -> Tensor:
         """The model's loss on one probe batch, with the global RNG left as it was."""
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self._phase("probe"):
+        with (
+            torch.random.fork_rng(devices=devices),
+            self._observer.phase("probe", step=self.step_index),
+        ):
             output = self.model(**batch)
         loss: Tensor = output["loss"] if isinstance(output, dict) else output[0]
         return loss
@@ -167,7 +169,7 @@ class Session:
         self._in_step = True
         self.micro_batch_index = 0
         for attachment in self.attachments:
-            with self._owned_by(attachment.name):
+            with self._observer.owned_by(attachment.name):
                 attachment.before_step(self.step_index)
 
     @contextmanager
@@ -176,9 +178,7 @@ class Session:
         self.begin_step()
         self.last_micro_batch = last
         with ExitStack() as stack:
-            if self.ledger is not None:
-                self.ledger.begin_micro_batch()
-                stack.enter_context(self.ledger.phase("forward", step=self.step_index))
+            stack.enter_context(self._observer.micro_batch(step=self.step_index))
             for attachment in self.attachments:
                 stack.enter_context(attachment.around_micro_batch())
             stack.enter_context(self._saved.hooks())
@@ -216,7 +216,7 @@ class Session:
         if not self._in_step:
             raise RuntimeError("step() without a micro_batch before it: there is nothing to apply")
         norm = None
-        with self._phase("step"):
+        with self._observer.phase("step", step=self.step_index):
             if self.facts.settings.max_grad_norm > 0:
                 norm = self.clip_gradients(self.facts.settings.max_grad_norm)
             self.optimizer.step()
@@ -245,8 +245,7 @@ class Session:
     @property
     def has_hidden_gradients(self) -> bool:
         """Whether a strategy keeps gradients outside `.grad`."""
-        base = Attachment.squared_gradient_norm
-        return any(type(a).squared_gradient_norm is not base for a in self.attachments)
+        return gradients.has_hidden_gradients(self.attachments)
 
     @property
     def norm_kind(self) -> str:
@@ -255,24 +254,11 @@ class Session:
 
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of this step's gradient, hidden gradients included (0-dim fp32)."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients, foreach=True).float().to(self.device)
-        hidden = [a.squared_gradient_norm() for a in self.attachments]
-        squares = [square for square in hidden if square is not None]
-        if not squares:
-            return norm
-        return torch.stack([norm.square(), *squares]).sum().sqrt()
+        return gradients.gradient_norm(self.model, self.attachments, self.device)
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale every gradient so that the global norm is at most `max_norm`; returns the norm."""
-        norm = self.gradient_norm()
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
-        if self.has_hidden_gradients:
-            factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # torch's clipping formula
-            for attachment in self.attachments:
-                attachment.scale_gradients(factor)
-        return norm
+        return gradients.clip_gradients(self.model, self.attachments, self.device, max_norm)
 
     # ---------------------------------------------------------------- optimizer
 
@@ -285,44 +271,14 @@ class Session:
 
         `groups` are torch's parameter groups, with `params` a list of (name, parameter).
         """
-        optimizer, self._projections = build_optimizer(self.rules(), groups, self.facts.settings)
+        settings = self.facts.settings
+        optimizer, self._state.projections = build_optimizer(self.rules(), groups, settings)
         return optimizer
 
     def adopt_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Drive this optimizer: its state follows `activate`, and the ledger sees its step."""
-        self.optimizer = optimizer
-        if self.ledger is not None:
-            stack = ExitStack()
-
-            def before(*_: Any) -> None:
-                stack.close()
-                stack.enter_context(self._phase("step"))
-
-            def after(*_: Any) -> None:
-                stack.close()
-                self._book()
-
-            optimizer.register_step_pre_hook(before)
-            optimizer.register_step_post_hook(after)
-
-    def _release_state(self, name: str, parameter: nn.Parameter, park: Place | str | None) -> None:
-        state = self.optimizer.state.pop(parameter, None) if self.optimizer is not None else None
-        if park is None:
-            if parameter in self._projections:
-                self._projections[parameter].forget()
-        elif state:
-            self._parked[name] = self._moved(state, park)
-
-    def _restore_state(self, name: str, parameter: nn.Parameter) -> None:
-        state = self._parked.pop(name, None)
-        if state is not None and self.optimizer is not None:
-            self.optimizer.state[parameter] = self._moved(state, "device")
-
-    def _moved(self, state: Mapping[str, Any], place: Place | str) -> dict[str, Any]:
-        return {
-            key: self.move(value, place) if isinstance(value, Tensor) else value
-            for key, value in state.items()
-        }
+        self._state.optimizer = optimizer
+        self._observer.follow_step(optimizer, self.model, self.attachments)
 
     # ---------------------------------------------------------------- state
 
@@ -346,7 +302,7 @@ class Session:
             "step": self.step_index,
             "settings": [strategy.to_json() for strategy in self.strategies],
             "strategies": {a.name: a.state_dict() for a in self.attachments},
-            "parked": {name: dict(state) for name, state in self._parked.items()},
+            "parked": self._state.parked_state(),
         }
 
     def load_strategy_state(self, state: dict[str, Any]) -> None:
@@ -364,11 +320,11 @@ class Session:
                 "resume with the same strategies"
             )
         self.step_index = int(state["step"])
-        self._parked = {}  # what this run parked so far must not come back with the loaded set
+        self._state.forget_parked()  # what this run parked so far must not come back
         for attachment in self.attachments:
-            with self._owned_by(attachment.name):
+            with self._observer.owned_by(attachment.name):
                 attachment.load_state_dict(state["strategies"][attachment.name])
-        self._parked = {name: self._moved(s, "host") for name, s in state["parked"].items()}
+        self._state.load_parked_state(state["parked"])
 
     def detach(self) -> None:
         """Leave the model as it was found: modules, classes, hooks, `requires_grad`."""
@@ -376,14 +332,11 @@ class Session:
             attachment.detach()
         self.attachments = []
         self._surgery.undo()
-        if self.ledger is not None:
-            self.ledger.close()
+        self._observer.drop()
 
     def drop_ledger(self) -> None:
         """Count no further: the run goes on at full speed. The ledger's log stays readable."""
-        if self.ledger is not None:
-            self.ledger.close()
-        self.ledger = self._mover.ledger = self._saved.ledger = None
+        self._observer.drop()
 
     def export(self) -> nn.Module:
         """Detach, and return the model in a form that plain transformers loads."""
@@ -401,72 +354,5 @@ class Session:
                 return attachment
         return None
 
-    def _owned_by(self, owner: str) -> AbstractContextManager[None]:
-        return self.ledger.owned_by(owner) if self.ledger is not None else nullcontext()
-
-    def _phase(self, name: str) -> AbstractContextManager[None]:
-        if self.ledger is None:
-            return nullcontext()
-        return self.ledger.phase(name, step=self.step_index)
-
     def _book(self) -> None:
-        """Book gradients, optimizer state and the strategies' own tensors in the ledger."""
-        if self.ledger is None:
-            return
-        self.ledger.book_gradients(self.model)
-        if self.optimizer is not None:
-            self.ledger.book_optimizer(self.optimizer)
-        for attachment in self.attachments:
-            for tensor, account in attachment.tensors():
-                self.ledger.tag(tensor, account, owner=attachment.name)
-
-
-def prepare(
-    model: nn.Module,
-    strategies: Sequence[str | Strategy | Mapping[str, Any]] = (),
-    *,
-    lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 0.0,
-    accumulation_steps: int = 0,
-    seed: int = 42,
-    optimizer: torch.optim.Optimizer | None = None,
-    ledger: Ledger | None = None,
-    probe_batches: Callable[[int], Iterable[Any]] | None = None,
-) -> Session:
-    """Attach strategies to any `nn.Module` for a plain loop, with AdamW as the update rule.
-
-    `accumulation_steps=0` says that the loop decides window by window. `optimizer` replaces the
-    built one and is refused when a strategy brings a part of the optimizer.
-    """
-    settings = RunSettings(
-        learning_rate=lr,
-        betas=betas,
-        epsilon=eps,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        accumulation_steps=accumulation_steps,
-        optimizer="adamw" if optimizer is None else type(optimizer).__name__,
-        seed=seed,
-    )
-    run = Session(
-        model,
-        registry.parse_all(strategies),
-        settings=settings,
-        ledger=ledger,
-        probe_batches=probe_batches,
-    )
-    if optimizer is None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        optimizer = run.build_optimizer([{"params": named, "weight_decay": weight_decay}])
-    elif run.rules():
-        run.detach()
-        raise ValueError(
-            f"optimizer={type(optimizer).__name__} cannot be combined with "
-            f"{', '.join(s.name for s in run.strategies)}, which bring parts of the optimizer; "
-            "leave optimizer out and pass lr, betas, eps, weight_decay"
-        )
-    run.adopt_optimizer(optimizer)
-    return run
+        self._observer.book(self.model, self.optimizer, self.attachments)

@@ -23,8 +23,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (  # the protocol, and what strategies and sessions are made of
         "memrt.compose",
         "memrt.errors",
+        "memrt.gradients",
         "memrt.head",
+        "memrt.observer",
         "memrt.optimizer_slots",
+        "memrt.optimizer_state",
         "memrt.places",
         "memrt.registry",
         "memrt.saved",

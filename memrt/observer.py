@@ -1,0 +1,100 @@
+"""The session's one way to its ledger, which may not be there, or be dropped on the way."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+    from torch import Tensor, nn
+
+    from memrt.profiling.accounts import Account, Place
+    from memrt.profiling.ledger import Ledger
+    from memrt.strategy import Attachment
+
+__all__ = ["Observer"]
+
+
+class Observer:
+    """Tells the ledger who runs, in which phase, and what belongs to which account."""
+
+    def __init__(self, ledger: Ledger | None) -> None:
+        self.ledger = ledger
+
+    def drop(self) -> None:
+        """Count no further. The ledger's log stays readable."""
+        if self.ledger is not None:
+            self.ledger.close()
+            self.ledger = None
+
+    def owned_by(self, owner: str) -> AbstractContextManager[None]:
+        """Storages born inside belong to `owner`."""
+        return nullcontext() if self.ledger is None else self.ledger.owned_by(owner)
+
+    def placing(self, place: Place) -> AbstractContextManager[None]:
+        """Storages born inside lie in `place`."""
+        return nullcontext() if self.ledger is None else self.ledger.placing(place)
+
+    def phase(self, name: str, *, step: int) -> AbstractContextManager[None]:
+        """Storages born inside are of this phase and optimizer step."""
+        return nullcontext() if self.ledger is None else self.ledger.phase(name, step=step)
+
+    def micro_batch(self, *, step: int) -> AbstractContextManager[None]:
+        """Forward (and backward, which the ledger sees by itself) of one micro-batch."""
+        if self.ledger is not None:
+            self.ledger.begin_micro_batch()
+        return self.phase("forward", step=step)
+
+    def register_model(self, model: nn.Module) -> None:
+        """Book parameters and buffers, and follow which module runs."""
+        if self.ledger is not None:
+            with self.ledger.phase("load"):
+                self.ledger.register_model(model)
+            self.ledger.finish_loading()
+
+    def tag(self, tensor: Tensor, account: Account, *, owner: str) -> None:
+        """Book one tensor."""
+        if self.ledger is not None:
+            self.ledger.tag(tensor, account, owner=owner)
+
+    def book(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        attachments: Iterable[Attachment],
+    ) -> None:
+        """Book gradients, optimizer state and the strategies' own tensors."""
+        if self.ledger is None:
+            return
+        self.ledger.book_gradients(model)
+        if optimizer is not None:
+            self.ledger.book_optimizer(optimizer)
+        for attachment in attachments:
+            for tensor, account in attachment.tensors():
+                self.ledger.tag(tensor, account, owner=attachment.name)
+
+    def follow_step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        attachments: list[Attachment],
+    ) -> None:
+        """Call the optimizer's step by its name, and book what it made."""
+        if self.ledger is None:
+            return
+        stack = ExitStack()
+
+        def before(*_: Any) -> None:
+            stack.close()
+            if self.ledger is not None:
+                stack.enter_context(self.ledger.phase("step"))
+
+        def after(*_: Any) -> None:
+            stack.close()
+            self.book(model, optimizer, attachments)
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
