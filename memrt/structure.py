@@ -23,10 +23,6 @@ __all__ = ["FAMILIES", "Facts", "Family", "LayerStack", "RunSettings", "Structur
 class Family:
     """What structure alone does not tell about a `model_type`."""
 
-    head_transform: str | None = None
-    """Module between the body's output and the head (BERT's prediction transform)."""
-    shifts_labels: bool = True
-    """Whether the head predicts the next token (causal) or the same one (masked)."""
     softcap_key: str | None = None
     """Config key of a soft cap on the logits."""
     scale_key: str | None = None
@@ -35,13 +31,31 @@ class Family:
     """Whether the logits are divided by that factor instead."""
 
 
+_MULTIPLIED = Family(scale_key="logit_scale")
+_DIVIDED = Family(scale_key="logits_scaling", divide_by_scale=True)
+_CAPPED = Family(softcap_key="final_logit_softcapping")
+
 FAMILIES: Mapping[str, Family] = {
-    "bert": Family(head_transform="cls.predictions.transform", shifts_labels=False),
-    "cohere": Family(scale_key="logit_scale"),
-    "cohere2": Family(scale_key="logit_scale"),
-    "gemma2": Family(softcap_key="final_logit_softcapping"),
-    "gemma3_text": Family(softcap_key="final_logit_softcapping"),
-    "granite": Family(scale_key="logits_scaling", divide_by_scale=True),
+    "beam": _CAPPED,
+    "cohere": _MULTIPLIED,
+    "cohere2": _MULTIPLIED,
+    "cohere2_moe": _MULTIPLIED,
+    "gemma2": _CAPPED,
+    "gemma3_text": _CAPPED,
+    "gemma3n_text": _CAPPED,
+    "gemma4_text": _CAPPED,
+    "granite": _DIVIDED,
+    "granite_swa": _DIVIDED,
+    "granitemoe": _DIVIDED,
+    "granitemoe_swa": _DIVIDED,
+    "granitemoehybrid": _DIVIDED,
+    "granitemoeshared": _DIVIDED,
+    "hyperclovax": Family(scale_key="logits_scaling"),
+    "inkling2_text": _CAPPED,
+    "nanochat": _CAPPED,
+    "recurrent_gemma": Family(softcap_key="logits_soft_cap"),
+    "vaultgemma": _CAPPED,
+    "xlstm": Family(softcap_key="output_logit_soft_cap"),
 }
 
 _ATTENTION_NAMES = ("attn", "attention")

@@ -12,11 +12,11 @@ on every device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from memrt.head import check_head
+from memrt.head import check_head, logit_transform
 from memrt.kernels.linear_cross_entropy import linear_cross_entropy
 from memrt.profiling.accounts import Account
 from memrt.registry import register
@@ -71,16 +71,11 @@ class _FusedLoss(Attachment):
 
     def __init__(self, settings: FusedLoss, run: Session) -> None:
         super().__init__(settings, run)
-        structure, config = run.facts.structure, run.facts.config
-        assert structure.head is not None
-        head = run.model.get_submodule(structure.head)
+        assert run.facts.structure.head is not None
+        head = run.model.get_submodule(run.facts.structure.head)
         assert isinstance(head, nn.Linear)
         self._head = head
-        self._softcap: float | None = _config_value(config, structure.family.softcap_key)
-        scale: float | None = _config_value(config, structure.family.scale_key)
-        self._scale = 1.0 if scale is None else float(scale)
-        if structure.family.divide_by_scale:
-            self._scale = 1.0 / self._scale
+        self._transform = logit_transform(run.facts)
 
     def loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         """Cross-entropy of `hidden` [..., hidden] against `labels` [...], in chunks."""
@@ -90,12 +85,8 @@ class _FusedLoss(Attachment):
             labels.reshape(-1).to(hidden.device),
             bias=self._head.bias,
             num_items=num_items,
-            softcap=self._softcap,
-            logit_scale=self._scale,
+            softcap=self._transform.softcap,
+            logit_scale=self._transform.scale,
             chunk_tokens=self.settings.chunk_tokens,
             accumulate="float32" if self.settings.accumulate == "float32" else "weight",
         )
-
-
-def _config_value(config: Any, key: str | None) -> float | None:
-    return None if key is None else getattr(config, key, None)

@@ -123,7 +123,9 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _linear_weights(facts: Facts, targets: str) -> dict[str, nn.Parameter]:
     found = {}
     for name, module in facts.model.named_modules():
-        if not (isinstance(module, nn.Linear) or _is_conv1d(module)):
+        # a subclass with a forward of its own computes something else than y = x Wᵀ + b
+        linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        if not (linear or _is_conv1d(module)):
             continue
         weight_name, weight = f"{name}.weight", module.weight
         attention = facts.structure.is_attention(name)
@@ -178,15 +180,16 @@ class _Galore(Attachment):
         for index, name in enumerate(names):
             module_name = name.removesuffix(".weight")
             module = run.model.get_submodule(module_name)
+            weight = run.model.get_parameter(name)
             self.subspaces[name] = Subspace(
-                tuple(module.weight.shape),  # type: ignore[arg-type,union-attr]
+                (weight.shape[0], weight.shape[1]),
                 rank=settings.rank,
                 every=settings.every,
                 offset=index * settings.every // len(names),
                 scale=settings.scale,
                 seed=settings.seed,
                 index=index,
-                device=module.weight.device,  # type: ignore[arg-type,union-attr]
+                device=weight.device,
                 norm=settings.norm,  # type: ignore[arg-type]
             )
             kind = type(module)
@@ -194,11 +197,8 @@ class _Galore(Attachment):
                 made[kind] = _projected(kind)
             run.recast(module_name, made[kind])
             module.__dict__["_memrt_sink"] = self.subspaces[name]
-
-    @property
-    def norm_kind(self) -> str:
-        """Whether the gradient norm is the true one."""
-        return self.settings.norm if self.subspaces else "exact"
+        if names:
+            self.norm_kind = settings.norm
 
     def rules(self) -> list[Rule]:
         """The projection of every projected weight."""
