@@ -17,7 +17,7 @@ Source: `PreTrainedModel.post_init`, `initialize_weights` and `_init_weights`, t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,8 +53,7 @@ class Draw:
 
         def scratch(value: Any) -> Any:
             if isinstance(value, Tensor):
-                size, stride = value.size(), value.stride()
-                return torch.empty_strided(size, stride, dtype=value.dtype, device=device)
+                return torch.empty_like(value, device=device)
             return device if isinstance(value, torch.device) else value
 
         self.operator(*tree_map(scratch, self.args), **tree_map(scratch, self.kwargs))
@@ -167,9 +166,7 @@ class Skeleton:
         from transformers import initialization
 
         recorder = _Recorder()
-        with ExitStack() as stack:
-            stack.enter_context(_disable_current_modes())
-            stack.enter_context(torch.random.fork_rng(devices=[]))
+        with _disable_current_modes(), torch.random.fork_rng(devices=[]):
             with (
                 initialization.no_tie_weights(),
                 initialization.meta_device_safe_creation_ops(),
@@ -186,8 +183,7 @@ class Skeleton:
         A submodel is initialised at the end of its own constructor: after the last draw on a
         tensor of its own, before its parent's constructor goes on.
         """
-        done = 0
-        draws = list(self.draws)
+        done, draws = 0, self.draws
         by_owner: dict[int, list[InitCall]] = {}
         for call in self.calls:
             by_owner.setdefault(id(call.owner), []).append(call)
@@ -198,7 +194,8 @@ class Skeleton:
 
     def tree_calls(self) -> list[InitCall]:
         """The calls in the order in which `from_pretrained` fills what a checkpoint lacks."""
-        order = {id(module): index for index, module in enumerate(_post_order(self.model))}
+        modules = dict.fromkeys(_post_order(self.model))
+        order = {id(module): index for index, module in enumerate(modules)}
         return sorted(self.calls, key=lambda call: order[id(call.module)])
 
     def never_written(self) -> list[str]:
@@ -292,13 +289,12 @@ def initialize(
                 event.repeat(device)
                 continue
             writes = [name for name in event.writes if name in last]
-            if not writes:
-                continue
             for name in writes:
                 if name not in made:
                     slots.materialise(name)
                     made.add(name)
-            event.run()
+            if writes:
+                event.run()
             for name in writes:
                 if last[name] == index:
                     slots.place(name)

@@ -251,7 +251,9 @@ def weight_source(path_or_config: Any, config: Any) -> WeightSource | None:
     if path is not None:
         return _from_index(name, path, config)
     if not Path(name).is_dir():
-        raise ValueError(f"{name!r} on the Hub has no model.safetensors; {_CONVERT}")
+        raise ValueError(
+            f"{name!r}: no model.safetensors on the Hub (without network: in its cache); {_CONVERT}"
+        )
     stray = sorted(p.name for p in Path(name).glob("*.safetensors"))
     if stray:
         raise ValueError(

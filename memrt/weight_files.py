@@ -1,8 +1,8 @@
 """Safetensors weights under the names that the model gives them, read one tensor at a time.
 
-Files are read with `pread`, not mapped: a mapped file's pages count to the process until the file
-is closed (measured: a 256 MiB file read tensor by tensor ends at 262 MiB of `RssFile`), and a
-tensor on a map is a view of the whole file. With `pread` a tensor owns its bytes and nothing more.
+Files are read with `pread`, not mapped: pages of a mapped file count to the process until the file
+is closed (a 256 MiB file, read and dropped tensor by tensor, holds 256 MiB of them at the end), and
+a tensor on a map is a view of the whole file. With `pread` a tensor owns its bytes and no more.
 
 Names come from transformers' own rules (renamings, base-model prefix, weight conversions), so that
 what loads there loads here. A conversion, such as experts that are saved one by one and fused in

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import transformers
 
-from memrt.loading import auto_class, resolve_config
-from tests.tiny_models import CONFIGS
+from memrt.loading import auto_class, load, resolve_config
+from tests.tiny_models import CONFIGS, assert_equal_models
 
 
 def test_a_config_object_is_itself() -> None:
@@ -36,16 +36,24 @@ def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in text
 
 
-def test_a_hub_id_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shard", ["1GB", "20KB"], ids=["single", "sharded"])
+def test_a_hub_id_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: str
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
     cache = tmp_path / "models--somebody--tiny"
     snapshot = cache / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("a" * 40)
-    CONFIGS["llama"]().save_pretrained(snapshot)
-    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    saved = transformers.LlamaForCausalLM(CONFIGS["llama"]()).eval()
+    saved.config.save_pretrained(snapshot)
     assert resolve_config("somebody/tiny").hidden_size == 32
+    with pytest.raises(ValueError, match=r"'somebody/tiny': no model\.safetensors"):
+        load("somebody/tiny")
+    saved.save_pretrained(snapshot, max_shard_size=shard)
+    assert_equal_models(load("somebody/tiny"), saved)
 
 
 @pytest.mark.parametrize("path", ["./no/such/folder", "a/b/c", "folder/", "", "~/model"])
