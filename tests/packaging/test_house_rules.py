@@ -11,7 +11,6 @@ MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
 LONGER_FILES: dict[str, tuple[int, str]] = {
-    "memrt/session.py": (480, "every door is driven from here; state and gradients could leave"),
 }
 """Files that may be longer, with their limit and the reason."""
 
