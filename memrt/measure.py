@@ -47,8 +47,9 @@ class Workload:
     """What a run trains; every run of a comparison is given the same."""
 
     build: Callable[[Sequence[Strategy]], nn.Module]
+    """The model on `device`, loaded through the strategies."""
     windows: Sequence[Sequence[Batch]]
-    """Micro-batches of every optimizer step, in order."""
+    """Micro-batches of every optimizer step, in order, on the CPU."""
     settings: RunSettings
     device: torch.device
     evaluation: Sequence[Batch] = ()
@@ -74,7 +75,7 @@ def measure(
     torch.manual_seed(workload.settings.seed)
     with _memory_errors(workload.device):
         with _phase(marks, "load"):
-            model = workload.build(strategies).to(workload.device)
+            model = workload.build(strategies)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         torch.manual_seed(workload.settings.seed)  # dropout: equal whatever the build has drawn
         with _phase(marks, "counted"):
@@ -105,6 +106,12 @@ def measure(
     return result
 
 
+def _copied(window: Sequence[Batch], device: torch.device) -> list[Batch]:
+    return [
+        {name: tensor.to(device, copy=True) for name, tensor in batch.items()} for batch in window
+    ]
+
+
 def num_tokens(window: Sequence[Batch]) -> int:
     """Tokens of one optimizer step, padding not counted."""
     return sum(
@@ -122,10 +129,12 @@ def _counted_steps(
     on_step: Callable[[], None],
 ) -> tuple[Run, Timeline]:
     ledger = Ledger(device_type=workload.device.type)
+    # copied before the ledger looks, and dropped step by step, as a data loader's batches are
+    windows = [_copied(window, workload.device) for window in workload.windows[:LEDGER_STEPS]]
     with ledger:
         run = start(model, strategies, settings=workload.settings, ledger=ledger)
-        for window in workload.windows[:LEDGER_STEPS]:
-            train_step(run, window)
+        while windows:
+            train_step(run, windows.pop(0))
             on_step()
     run.session.drop_ledger()
     return run, ledger.timeline
@@ -138,7 +147,7 @@ def _timed_steps(
     for window in workload.windows[LEDGER_STEPS:]:
         _synchronize(workload.device)
         began = time.perf_counter()
-        train_step(run, window)
+        train_step(run, _copied(window, workload.device))
         if marks is not None:
             marks.end_step()
         _synchronize(workload.device)
@@ -154,7 +163,7 @@ def _evaluate(run: Run, batches: Sequence[Batch]) -> float | None:
     model = run.session.model
     model.eval()
     with torch.no_grad():
-        losses = [float(model_loss(model, batch)) for batch in batches]
+        losses = [float(model_loss(model, batch)) for batch in _copied(batches, run.session.device)]
     model.train()
     return fmean(losses)
 

@@ -1,8 +1,8 @@
 """Reports for people, from the JSON alone: Markdown, a terminal with colour, plain text.
 
 A report is turned into sections (`memrt.profiling.render_sections`), and sections into text. Byte
-columns of a table share one unit, named in the table's caption: MiB, or GiB from 10 GiB on. On a
-terminal tables are rich's; anywhere else (a file, a pipe) the text is aligned Markdown without
+columns of a table share one unit, named beside it: KiB, MiB from 10 MiB on, GiB from 10 GiB on. On
+a terminal tables are rich's; anywhere else (a file, a pipe) the text is aligned Markdown without
 colour, so that it can be pasted.
 """
 
@@ -15,8 +15,7 @@ from typing import Any, TextIO
 
 __all__ = ["Column", "Section", "Table", "print_report", "to_markdown", "unit_of"]
 
-_GIB_FROM = 10 * 2**30
-_UNITS = {"MiB": 2**20, "GiB": 2**30}
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 MISSING = "–"
 
 
@@ -76,9 +75,10 @@ class Section:
 
 
 def unit_of(rows: Sequence[Sequence[Any]]) -> str:
-    """The unit for a table's bytes, from its largest whole number."""
+    """The unit for a table's bytes: the largest that shows its largest number as 10 or more."""
     largest = max((abs(v) for row in rows for v in row if isinstance(v, int)), default=0)
-    return "GiB" if largest >= _GIB_FROM else "MiB"
+    fitting = [unit for unit, size in _UNITS.items() if largest >= 10 * size]
+    return fitting[-1] if fitting else "KiB"
 
 
 # ---------------------------------------------------------------- Markdown

@@ -50,7 +50,7 @@ def nearest_option(parser: argparse.ArgumentParser, word: str) -> str:
         if isinstance(action, argparse._SubParsersAction):
             for each in action.choices.values():
                 known.update(o for o in each._option_string_actions if o.startswith("--"))
-    close = get_close_matches(word.split("=")[0], sorted(known), n=1, cutoff=0.5)
+    close = get_close_matches(word.split("=")[0], sorted(known), n=1, cutoff=0.7)
     return f"; did you mean {close[0]!r}?" if close else f"; see `{parser.prog} --help`"
 
 
@@ -111,9 +111,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     _add_shape_flags(group)
     group.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of the weights and the arithmetic (default: float32)",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the weights and the arithmetic (default: auto, the config's, else float32)",
     )
     group.add_argument(
         "--max-grad-norm",

@@ -18,9 +18,10 @@ from memrt.cli.arguments import (
 )
 
 if TYPE_CHECKING:
+    from memrt.cli.model import Model
+    from memrt.cli.output import ReportFolder
     from memrt.cli.progress import Progress
     from memrt.cli.stacks import Stack
-    from memrt.cli.workload import Model
     from memrt.measure import Workload
 
 __all__ = ["DEFAULT_STACKS", "add_parser", "run"]
@@ -37,7 +38,8 @@ DEFAULT_STACKS = (
     "activation_checkpoint+galore(rank=64)+int8_states+fused_loss",
 )
 
-_STEPS = 8
+_STEPS = 12
+_EVALUATION_FRACTION = 0.05
 _SMALLEST_STEPS = 4  # memrt.measure.MIN_STEPS, which would import torch
 
 _DESCRIPTION = f"""\
@@ -85,12 +87,14 @@ def add_parser(subparsers: Any) -> None:
     add_model_flags(parser)
     data = add_data_flags(parser, default="the language reference that CPython carries")
     data.add_argument(
+        "--evaluation-data", metavar="FILE", help="held-out data for the held-out loss"
+    )
+    data.add_argument(
         "--evaluation-fraction",
         type=fraction,
-        default=0.05,
         metavar="F",
-        help="part of the data held out for the held-out loss (two batches of it), 0 for none "
-        "(default: 0.05)",
+        help="without --evaluation-data: the part of the data that is held out, 0 for none "
+        f"(default: {_EVALUATION_FRACTION}); two batches of it are evaluated",
     )
     add_training_flags(parser, steps=_STEPS, smallest=_SMALLEST_STEPS)
     add_report_flags(parser, output="memrt-report")
@@ -98,23 +102,25 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run every stack, print the table, write the report."""
+    from memrt.cli.model import Model
     from memrt.cli.progress import Progress
     from memrt.cli.reporting import claim_folder, parse_gpu
     from memrt.cli.stacks import parse_stacks
-    from memrt.cli.workload import Model, workload_for
+    from memrt.cli.workload import workload_for
 
     parse_gpu(arguments)
     folder = claim_folder(arguments, kind="compare")
     stacks = parse_stacks(arguments.strategies or DEFAULT_STACKS)
     progress = Progress()
-    progress.say("reading model and data")
-    model = Model.resolve(arguments)
-    workload = workload_for(arguments, model, evaluation_fraction=arguments.evaluation_fraction)
+    model = Model.resolve(arguments, progress)
+    if arguments.evaluation_fraction is None:
+        arguments.evaluation_fraction = 0 if arguments.evaluation_data else _EVALUATION_FRACTION
+    workload = workload_for(arguments, model, progress)
     refused = _refusals(stacks, model, workload)
+    if len(refused) == len(stacks):
+        raise ValueError("\n".join(f"{label}: {reason}" for label, reason in refused.items()))
     for label, reason in refused.items():
         progress.say(f"{label}: refused: {reason}")
-    if len(refused) == len(stacks):
-        raise ValueError("no stack can run: " + "; ".join(refused.values()))
     runs: list[dict[str, Any]] = []
     try:
         for index, stack in enumerate(stacks):
@@ -128,9 +134,11 @@ def run(arguments: argparse.Namespace) -> int:
         for stack in stacks[len(runs) :]:
             runs.append(_absent(stack, "interrupted", "Ctrl-C"))
         if any(each["status"] == "ok" for each in runs):
-            _finish(arguments, workload, runs, folder)
+            _finish(arguments, runs, folder)
         raise
-    _finish(arguments, workload, runs, folder)
+    if not any(each["status"] == "ok" for each in runs):
+        raise ValueError("no stack ran; the reasons are above")
+    _finish(arguments, runs, folder)
     return 0 if all(each["status"] == "ok" for each in runs) else 1
 
 
@@ -169,7 +177,7 @@ def _absent(stack: Stack, status: str, reason: str) -> dict[str, Any]:
 
 
 def _finish(
-    arguments: argparse.Namespace, workload: Workload, runs: list[dict[str, Any]], folder: Any
+    arguments: argparse.Namespace, runs: list[dict[str, Any]], folder: ReportFolder | None
 ) -> None:
     from memrt.cli.reporting import add_gpu, deliver, parse_gpu
     from memrt.measure import LEDGER_STEPS, LOSS_STEPS, WARM_UP_STEPS
@@ -179,9 +187,13 @@ def _finish(
     done = [each for each in runs if each["status"] == "ok"]
     for each in done:
         add_gpu(each, gpu)
-    shared = dict(done[0]["conditions"]) if done else {"model": workload.description["model"]}
-    shared.pop("strategies", None)
-    shared.update(ledger_steps=LEDGER_STEPS, warm_up_steps=WARM_UP_STEPS, loss_steps=LOSS_STEPS)
+    shared = {
+        **done[0]["conditions"],
+        "strategies": [each["stack"] for each in runs],
+        "ledger_steps": LEDGER_STEPS,
+        "warm_up_steps": WARM_UP_STEPS,
+        "loss_steps": LOSS_STEPS,
+    }
     report = {
         "schema": SCHEMA,
         "kind": "compare",

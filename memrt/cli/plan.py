@@ -14,7 +14,7 @@ from memrt.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from memrt.cli.workload import Model
+    from memrt.cli.model import Model
 
 __all__ = ["DOES_NOT_FIT", "add_parser", "run"]
 
@@ -56,18 +56,21 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan, print, and say by the exit code whether it fits."""
+    from memrt.cli.batches import batches_for
+    from memrt.cli.model import Model
+    from memrt.cli.progress import Progress
     from memrt.cli.reporting import add_gpu, claim_folder, deliver, parse_gpu
     from memrt.cli.stacks import parse_stack
-    from memrt.cli.workload import Model, batches_for
 
     _refuse_data_flags_without_data(arguments)
     gpu = parse_gpu(arguments)
     folder = claim_folder(arguments, kind="plan")
     stack = parse_stack(arguments.strategies)
-    model = Model.resolve(arguments)
+    progress = Progress()
+    model = Model.resolve(arguments, progress)
     window = None
     if arguments.data is not None:
-        window = batches_for(arguments, model, num_steps=1).windows[0]
+        window = batches_for(arguments, model, progress, num_steps=1).windows[0]
     report = plan_report(arguments, model, list(stack.strategies), window)
     report["stack"] = stack.label
     add_gpu(report, gpu)

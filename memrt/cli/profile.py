@@ -15,7 +15,7 @@ from memrt.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from memrt.cli.workload import Model
+    from memrt.cli.model import Model
     from memrt.measure import Workload
     from memrt.monitoring import PhaseMarks
     from memrt.profiling.monitor import MonitorReport
@@ -61,18 +61,18 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan, run, print."""
+    from memrt.cli.model import Model
     from memrt.cli.progress import Progress
     from memrt.cli.reporting import add_gpu, claim_folder, deliver, parse_gpu
     from memrt.cli.stacks import parse_stack
-    from memrt.cli.workload import Model, workload_for
+    from memrt.cli.workload import workload_for
 
     gpu = parse_gpu(arguments)
     folder = claim_folder(arguments, kind="profile")
     stack = parse_stack(arguments.strategies)
     progress = Progress()
-    progress.say("reading model and data")
-    model = Model.resolve(arguments)
-    workload = workload_for(arguments, model)
+    model = Model.resolve(arguments, progress)
+    workload = workload_for(arguments, model, progress)
     if arguments.kernel_scratch and workload.device.type != "cpu":
         raise ValueError(
             "--kernel-scratch is for CPU runs; on CUDA the allocator's own peak holds it: leave "
@@ -95,10 +95,7 @@ def _predicted(
 ) -> dict[str, Any]:
     from memrt.cli.plan import plan_report
 
-    window = [
-        {name: tensor.cpu() for name, tensor in batch.items()} for batch in workload.windows[0]
-    ]
-    report = plan_report(arguments, model, list(strategies), window)
+    report = plan_report(arguments, model, list(strategies), workload.windows[0])
     del report["conditions"]  # the run's own
     return report
 
@@ -145,7 +142,7 @@ def _kernel_scratch(workload: Workload, strategies: Any) -> dict[str, Any]:
     from memrt.runner import start, train_step
 
     torch.manual_seed(workload.settings.seed)
-    model = workload.build(strategies).to(workload.device)
+    model = workload.build(strategies)
     run = start(model, strategies, settings=workload.settings)
     train_step(run, workload.windows[0])  # the optimizer's state is there from now on
     found = largest_scratch(lambda: train_step(run, workload.windows[1]))

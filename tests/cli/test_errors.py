@@ -1,0 +1,276 @@
+"""Bad input: one clear line on stderr, exit code 1, no traceback, nothing written or lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memrt.cli import main as command_line
+from memrt.cli.output import ReportFolder
+from memrt.cli.stacks import parse_stack, parse_stacks, split_stack
+from tests.cli.conftest import SHAPES, Command
+
+RUN = [*SHAPES, "--steps", "4"]
+
+USAGE = [
+    (["compare", "--strategies", "lissa"], "unknown strategy 'lissa'; did you mean 'lisa'?"),
+    (["plan", "--strategies", "lisa(layer=2)"], "no option 'layer'; did you mean 'layers'?"),
+    (["plan", "--strategies", "lisa(layers='2')"], "layers='2': must be a whole number"),
+    (["plan", "--strategies", "lisa", "lisa"], "'lisa' is listed twice"),
+    (["compare", "--strategies", "lisa", "lisa"], "'lisa' is listed twice"),
+    (["plan", "--strategies", "none", "lisa"], "'none' stands for no strategy"),
+    (["plan", "--strategies", "lisa+"], "a name is missing beside a +"),
+    (["plan", "--strategies", "lisa(layers=9)"], "layers=9 is more than the 8 layers"),
+    (["compare", "--stpes", "9"], "unknown argument '--stpes'; did you mean '--steps'?"),
+    (["plan", "--steps", "9"], "unknown argument '--steps'; see `memrt --help`"),
+    (["compare", "--steps", "3"], "--steps: '3' must be a whole number of at least 4"),
+    (["plan", "--batch", "two"], "'two' must be a whole number of at least 1"),
+    (["plan", "--max-grad-norm", "-1"], "'-1' must be a number at least 0"),
+    (["compare", "--lr", "0"], "'0' must be a number above 0"),
+    (["compare", "--evaluation-fraction", "1"], "'1' must be a number at least 0 and below 1"),
+    (["plan", "--dtype", "float8"], "invalid choice: 'float8'"),
+    (["plan", "--gpu", "24parsecs"], "gpu='24parsecs' is not a size"),
+    (["plan", "--seq", "5000"], "--seq 5000: embedded Llama has positions for 4096 tokens"),
+    (["plan", "--tokenizer", "x"], "--tokenizer has no effect without --data"),
+    (["plan", "--truncation", "cut"], "--truncation has no effect without --data"),
+    (["plan", "--force"], "--force has no effect without --output"),
+    (["plan", "--model", "./nowhere/at-all"], "is not a local path"),
+    (["profile", "--data", "nowhere.txt"], "--data 'nowhere.txt': there is no such file"),
+    (["profile", "--data", "x.csv"], "--data 'x.csv': the file must be one of .txt, .jsonl"),
+    (["profile", "--device", "tpu"], "--device tpu: use auto, cpu, cuda or cuda:N"),
+    (["profile", "--device", "cuda:99"], "--device cuda:99: torch sees"),
+    (["frobnicate"], "invalid choice: 'frobnicate'"),
+]
+
+
+@pytest.mark.parametrize(("words", "expected"), USAGE, ids=lambda value: str(value)[:40])
+def test_misuse_is_one_line(memrt: Command, words: list[str], expected: str) -> None:
+    result = memrt(*words)
+    assert result.code == 1
+    assert result.out == ""
+    assert expected in result.err
+    assert "Traceback" not in result.err
+    assert result.error.startswith("memrt") or result.error.startswith("  - ")
+    assert list(Path().iterdir()) == []
+
+
+def test_no_command_shows_the_help(memrt: Command) -> None:
+    result = memrt()
+    assert result.code == 1
+    assert "memrt compare" in result.err
+    assert memrt("--version").out.startswith("memrt ")
+
+
+DATA = [
+    ("empty.txt", "", "empty.txt: the file is empty or blank"),
+    (
+        "holes.jsonl",
+        '{"text": "a b c"}\n\n{"text": "d"}\n',
+        "holes.jsonl, line 2: the line is empty",
+    ),
+    ("broken.jsonl", '{"text": "a"}\n{"text": \n', "broken.jsonl, line 2: malformed JSON"),
+    ("blank.jsonl", '{"text": "a"}\n{"text": " "}\n', "blank.jsonl, line 2, column 'text'"),
+    ("other.jsonl", '{"body": "a"}\n', "name yours with --text-column"),
+    (
+        "long.jsonl",
+        json.dumps({"prompt": "why " * 90, "completion": "so"}) + "\n",
+        "give --seq",
+    ),
+    ("short.txt", "a few words only\n", "do not fill one block of --seq 64"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), DATA, ids=[row[0] for row in DATA])
+def test_bad_data_is_named_by_file_line_and_flag(
+    memrt: Command, model_folder: Callable[..., Path], name: str, text: str, expected: str
+) -> None:
+    Path(name).write_text(text)
+    result = memrt("profile", "--model", model_folder(), *RUN, "--data", name)
+    assert result.code == 1
+    assert expected in result.error
+    assert "sequence_length" not in result.err
+
+
+def test_models_that_cannot_be_trained_are_refused(
+    memrt: Command, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    small = model_folder(vocab_size=100)
+    assert "vocab_size=100: must be" in memrt("profile", *RUN, "--model", small).error
+    words = ["plan", *SHAPES, "--model"]
+    assert "needs loss scaling" in memrt(*words, model_folder(dtype="float16")).error
+    image = tmp_path / "vit"
+    image.mkdir()
+    (image / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    assert "is for image-classification" in memrt(*words, image).error
+    (image / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
+    assert "model_type='no-such-type'" in memrt(*words, image).error
+    (image / "config.json").write_text("{")
+    assert "not a readable JSON file" in memrt(*words, image).error
+
+
+def test_weights_without_a_tokenizer_are_refused(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    folder = model_folder()
+    save_file({"x": torch.zeros(1)}, str(folder / "model.safetensors"))
+    result = memrt("profile", *RUN, "--model", folder)
+    assert "has weights and no tokenizer" in result.error
+    assert "--tokenizer" in result.error
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    words = ["--model", model_folder(), *RUN, "--lr", "1e38"]
+    result = memrt("profile", *words)
+    assert result.code == 1
+    assert "Lower the learning rate" in result.error
+    result = memrt("compare", *words, "--strategies", "none")
+    assert result.code == 1
+    assert "none: failed: the loss is" in result.err
+    assert not Path("memrt-report").exists()
+
+
+def test_a_hub_id_without_network_says_so(memrt: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    result = memrt("plan", "--model", "nobody/no-such-model-here")
+    assert result.code == 1
+    assert "neither a local path nor reachable on the Hub" in result.error
+
+
+def test_programming_errors_keep_their_traceback(
+    memrt: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memrt.cli import plan
+
+    def broken(arguments: Any) -> int:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(plan, "run", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        memrt("plan")
+
+
+def test_traceback_shows_where_an_error_was_raised(memrt: Command) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        memrt("plan", "--gpu", "x", "--traceback")
+
+
+def test_an_interrupt_is_130(memrt: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memrt.cli import plan
+
+    def interrupted(arguments: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "run", interrupted)
+    result = memrt("plan")
+    assert (result.code, result.error) == (command_line.INTERRUPTED, "memrt plan: interrupted")
+
+
+# ---------------------------------------------------------------- report folders
+
+
+def report(folder: Path, kind: str = "compare", **more: str) -> None:
+    folder.mkdir()
+    (folder / "report.json").write_text(json.dumps({"schema": "memrt.report/1", "kind": kind}))
+    for name, text in more.items():
+        (folder / name).write_text(text)
+
+
+def test_an_earlier_report_is_kept_under_the_next_number(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    for text in ("first", "second", "third"):
+        folder = ReportFolder.claim(str(target), kind="compare", force=False)
+        kept = folder.write(
+            {"report.json": '{"schema": "memrt.report/1", "kind": "compare"}', "x": text}
+        )
+    assert kept == str(tmp_path / "out.2")
+    texts = [(tmp_path / name / "x").read_text() for name in ("out.1", "out.2", "out")]
+    assert texts == ["first", "second", "third"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.1", "out.2"]
+
+
+@pytest.mark.parametrize("kind", ["plan", "profile"])
+def test_another_commands_report_is_not_touched(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "out"
+    report(target, kind)
+    with pytest.raises(ValueError, match="no report of `memrt compare`"):
+        ReportFolder.claim(str(target), kind="compare", force=False)
+
+
+def test_force_replaces_the_report_and_leaves_the_rest(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    report(target, "plan", notes="mine")
+    folder = ReportFolder.claim(str(target), kind="compare", force=True)
+    assert folder.write({"report.json": "new"}) is None
+    assert (target / "report.json").read_text() == "new"
+    assert (target / "notes").read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(memrt: Command) -> None:
+    Path("memrt-report").write_text("mine")
+    result = memrt("compare")
+    assert result.code == 1
+    assert "this is a file" in result.error
+    assert Path("memrt-report").read_text() == "mine"
+
+
+def test_a_folder_with_other_files_is_refused_before_the_run(memrt: Command) -> None:
+    Path("memrt-report").mkdir()
+    Path("memrt-report/thesis.tex").write_text("mine")
+    result = memrt("compare")
+    assert result.code == 1
+    assert "--force" in result.error
+    assert "reading" not in result.err
+
+
+def test_a_full_disk_loses_nothing(
+    memrt: Command, model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memrt.cli import output
+
+    report(Path("memrt-report"), notes="mine")
+    before = Path("memrt-report/report.json").read_text()
+    written: list[Path] = []
+
+    def full(path: Path, text: str) -> None:
+        written.append(path)
+        path.write_text(text[:10])
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(output, "_write_durably", full)
+    result = memrt("compare", "--model", model_folder(), *RUN, "--strategies", "none")
+    assert result.code == 1
+    assert "No space left on device" in result.error
+    assert "| none " in result.out  # the table was printed before
+    assert Path("memrt-report/report.json").read_text() == before
+    assert [p.name for p in Path().iterdir()] == ["memrt-report"]
+
+
+# ---------------------------------------------------------------- stacks
+
+
+def test_a_plus_inside_an_option_does_not_split() -> None:
+    assert split_stack("galore(scale=1e+0)+lisa") == ["galore(scale=1e+0)", "lisa"]
+    assert split_stack("x(a='p+q', b=[1+2])+y") == ["x(a='p+q', b=[1+2])", "y"]
+
+
+def test_labels_are_canonical_and_order_is_the_users() -> None:
+    stack = parse_stack(["int8_states", "galore( rank = 64 )+lisa"])
+    assert stack.label == "int8_states+galore(rank=64)+lisa"
+    assert [s.name for s in stack.strategies] == ["lisa", "galore", "int8_states"]
+    assert [s.label for s in parse_stacks(["none", "lisa"])] == ["none", "lisa"]
+    with pytest.raises(ValueError, match="listed twice"):
+        parse_stacks(["lisa+int8_states", "int8_states+lisa"])

@@ -1,0 +1,133 @@
+"""`memrt plan`: the run on fake tensors, equal to the byte, and an answer by exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import SHAPES, Command
+
+STACKS = [
+    ["none"],
+    ["activation_checkpoint", "offload_activations"],
+    ["lisa+int8_states"],
+    ["galore(rank=16)", "int8_states", "fused_loss(chunk_tokens=16)"],
+]
+KEYS = ("peak_bytes", "accounts", "owners", "places", "place_peaks", "account_maxima", "phases")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stack", STACKS, ids="+".join)
+def test_plan_equals_profile_and_compare_to_the_byte(
+    memrt: Command, model_folder: Callable[..., Path], stack: list[str], accumulation: int
+) -> None:
+    words = ["--model", model_folder(), *SHAPES, "--accumulation", accumulation, "--json"]
+    planned = memrt("plan", *words, "--strategies", *stack).report
+    profiled = memrt("profile", *words, "--steps", 4, "--strategies", *stack).report
+    compared = memrt("compare", *words, "--steps", 4, "--strategies", "+".join(stack)).report
+    for key in KEYS:
+        assert planned[key] == profiled[key], key
+        assert planned[key] == profiled["predicted"][key], key
+        assert planned[key] == compared["runs"][0][key], key
+    assert planned["rounded_peak_bytes"] == profiled["rounded_peak_bytes"]
+
+
+def test_plan_of_padded_data_equals_its_profile(
+    memrt: Command, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    lines = [{"prompt": "What is it? " * (n % 3 + 1), "completion": "It is."} for n in range(12)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["--model", model_folder(), *SHAPES, "--data", data, "--json"]
+    planned = memrt("plan", *words).report
+    profiled = memrt("profile", *words, "--steps", 4).report
+    for key in KEYS:
+        assert planned[key] == profiled[key], key
+    # padded to the longest example, which is shorter than --seq
+    assert profiled["conditions"]["sequence_length"] < 64
+    assert planned["conditions"]["sequence_length"] == profiled["conditions"]["sequence_length"]
+
+
+def test_depths_that_are_carried_equal_every_layer(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    words = ["plan", "--model", model_folder(num_hidden_layers=12), *SHAPES, "--json"]
+    carried, full = memrt(*words).report, memrt(*words, "--full").report
+    assert len(carried["simulated_layers"]) == 3
+    assert full["simulated_layers"] == [12]
+    for key in ("peak_bytes", "accounts", "account_maxima"):
+        assert carried[key] == full[key], key
+
+
+def test_exit_codes_say_whether_it_fits(memrt: Command, model_folder: Callable[..., Path]) -> None:
+    words = ["plan", "--model", model_folder(), *SHAPES]
+    unknown = memrt(*words)
+    assert unknown.code == 0
+    fits = memrt(*words, "--gpu", "1GiB")
+    assert fits.code == 0
+    assert "It fits 1GiB: the high bound is 7" in fits.out
+    too_small = memrt(*words, "--gpu", "0.7GiB")  # 732 MiB are context and cuBLAS alone, at most
+    assert too_small.code == 2
+    assert "It does not fit 0.7GiB" in too_small.out
+    assert memrt(*words, "--gpu", "0.7GiB", "--json").report["fits"] is False
+    assert memrt(*words, "--gpu", "0").code == 1
+
+
+def test_the_device_bytes_are_the_sum_of_named_lines(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    result = memrt("plan", "--model", model_folder(), *SHAPES, "--json")
+    report = result.report
+    assert all(each["source"] for each in report["overheads"])
+    for bound in ("low", "expected", "high"):
+        lines = report["rounded_peak_bytes"] + sum(e[bound] for e in report["overheads"])
+        assert lines == report["device_bytes"][bound]
+
+
+def test_the_text_names_accounts_phases_places_and_time(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    out = memrt("plan", "--model", model_folder(), *SHAPES, "--strategies", "lisa").out
+    for word in ("optimizer state", "backward", "host", "CUDA context", "pytorch issues"):
+        assert word in out
+    assert "all 4 layers simulated" in out
+    assert "Planned in " in out
+
+
+def test_the_default_is_the_embedded_model_and_needs_no_data(memrt: Command) -> None:
+    report = memrt("plan", "--json", "--strategies", "activation_checkpoint", "fused_loss").report
+    assert report["conditions"]["model"] == "embedded Llama"
+    assert report["conditions"]["data"] == "random ids"
+    assert report["accounts"]["weights"] >= 8_000_000 * 4
+    assert report["seconds"] < 60
+    assert list(Path().iterdir()) == []
+
+
+def test_bfloat16_halves_the_weights(memrt: Command, model_folder: Callable[..., Path]) -> None:
+    words = ["plan", "--model", model_folder(), *SHAPES, "--json"]
+    wide, narrow = memrt(*words).report, memrt(*words, "--dtype", "bfloat16").report
+    ratio = wide["accounts"]["weights"] / narrow["accounts"]["weights"]
+    assert ratio == pytest.approx(2, rel=0.01)  # the rotary table stays in fp32
+    words[2] = model_folder(dtype="bfloat16")
+    assert memrt(*words).report["accounts"] == narrow["accounts"]
+
+
+def test_help_does_not_load_torch() -> None:
+    code = (
+        "import sys\n"
+        "from memrt.cli.main import main\n"
+        "for words in (['plan', '--help'], ['compare', '--help'], ['profile', '--help']):\n"
+        "    assert main(words) == 0\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "exit code" in done.stdout.lower()
