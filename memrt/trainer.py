@@ -169,7 +169,6 @@ class MemoryMixin(CheckpointMixin):
         """transformers' `train`, once what a killed save may have left is in order."""
         if self._strategies and not getattr(self.session, "attachments", None):
             raise RuntimeError("the model was exported without its strategies; make a new Trainer")
-        self._last_checkpoint = None
         if self.args.should_save:
             recover(Path(self.args.output_dir))
         self.accelerator.wait_for_everyone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import resource
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers.trainer_utils import get_last_checkpoint
 
 import memrt
@@ -21,8 +23,9 @@ from memrt import checkpoint, registry
 from memrt.checkpoint import SETTINGS_NAME, STATE_NAME, staged
 from memrt.errors import CheckpointWriteError
 from memrt.strategy import Attachment
+from memrt.testing import tiny_batches
 from tests.contract import SPECS
-from tests.trainer_runs import assert_equal, history, run, trainer_of, weights
+from tests.trainer_runs import assert_equal, history, model_of, run, trainer_of, weights
 
 SPEC = "lisa(layers=1, every=2, parked='host')"
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -101,6 +104,32 @@ def test_one_trainer_can_go_back_to_an_earlier_checkpoint(tmp_path: Path) -> Non
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert_equal(weights(trainer), ends[0])
     assert_same(saved_state(trainer), ends[1])
+
+
+@pytest.mark.parametrize("optimizer_first", [False, True])
+def test_going_back_brings_nothing_of_the_present_along(optimizer_first: bool) -> None:
+    """Both orders of loading: neither parked nor active state of later steps may remain."""
+    model = model_of("plain")
+    session = memrt.prepare(model, [SPEC], lr=1e-2)
+    assert session.optimizer is not None
+
+    def advance(steps: int) -> None:
+        for batch in tiny_batches("plain", count=steps):
+            session.train_micro_batch(lambda batch=batch: model(**batch)["loss"])  # type: ignore[misc]
+            session.step()
+
+    advance(1)
+    before = copy.deepcopy(session.state_dict())
+    advance(6)
+    drawn = before["strategies"]["lisa"]["active"]
+    assert session.state_dict()["strategies"]["lisa"]["active"] != drawn
+    assert any(f"layers.{drawn[0]}." in name for name in session.state_dict()["parked"])
+    if optimizer_first:
+        session.optimizer.load_state_dict(before["optimizer"])
+        session.load_strategy_state(before)
+    else:
+        session.load_state_dict(before)
+    assert_same(session.state_dict(), before)
 
 
 def test_what_is_written_is_read_by_the_safe_loader_and_small(tmp_path: Path) -> None:
@@ -284,6 +313,42 @@ def test_what_a_killed_save_left_can_be_resumed_from_and_is_cleared(tmp_path: Pa
     again = run(photo, resume=True, **options)
     assert_equal(weights(again), weights(trainer))
     assert names_in(photo) == {f"checkpoint-{step}" for step in range(1, 7)}
+
+
+def test_what_another_process_left_is_cleared_by_the_next_save(tmp_path: Path) -> None:
+    class Litter(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                (tmp_path / "_memrt-tmp-checkpoint-9" / "checkpoint-9").mkdir(parents=True)
+
+    run(tmp_path, options={"callbacks": [Litter()]}, max_steps=3, **SAVING)
+    assert names_in(tmp_path) == {f"checkpoint-{step}" for step in (1, 2, 3)}
+
+
+def test_a_checkpoint_on_demand_is_exact_too(tmp_path: Path) -> None:
+    """transformers' just-in-time checkpoint: its own callback saves before the step has ended."""
+
+    class Demand(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:  # the third step is being applied
+                manager.is_checkpoint_requested = True
+
+    options: dict[str, Any] = {"strategies": [SPEC]}
+    whole = run(tmp_path / "whole", options=options)
+    trainer = trainer_of(
+        tmp_path / "run",
+        options={**options, "callbacks": [Demand()]},
+        enable_jit_checkpoint=True,
+    )
+    callbacks = trainer.callback_handler.callbacks
+    manager = next(c.jit_manager for c in callbacks if hasattr(c, "jit_manager"))
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert names_in(tmp_path / "run") == {"checkpoint-3"}
+    assert "checkpoint-is-incomplete.txt" not in names_in(tmp_path / "run/checkpoint-3")
+    resumed = run(tmp_path / "run", resume=True, options=options)
+    assert_equal(weights(resumed), weights(whole))
+    assert_same(saved_state(resumed), saved_state(whole))
 
 
 def test_saving_over_a_checkpoint_never_loses_it(tmp_path: Path) -> None:

@@ -541,12 +541,15 @@ def test_a_true_norm_keeps_its_name(tmp_path: Path) -> None:
 
 
 def test_probing_advances_no_random_number_and_no_loader(tmp_path: Path) -> None:
-    class Counted(list):  # type: ignore[type-arg]
-        """A held-out set; its rows are collated as the training rows are."""
+    rows = examples("gpt2", count=40)[24:]
 
-    rows = Counted(examples("gpt2", count=40)[24:])
-    plain = run(tmp_path, family="gpt2")
-    options = {"strategies": [Probe()], "probe_dataset": rows}
+    def masking(features: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        torch.rand(3)  # as a collator does that masks at random
+        batch: dict[str, Tensor] = transformers.default_data_collator(features)
+        return batch
+
+    plain = run(tmp_path, family="gpt2", options={"data_collator": masking})
+    options = {"strategies": [Probe()], "probe_dataset": rows, "data_collator": masking}
     ours = run(tmp_path, family="gpt2", options=options)
     assert history(ours) == history(plain)
     assert_equal(weights(ours), weights(plain))
