@@ -2,6 +2,9 @@
 
 Nested saved-tensor hooks do not compose (only the innermost is called), so the session installs one
 pair and chains the stages. With no stage and no ledger it installs none, and autograd runs as ever.
+
+Under hooks autograd no longer notices that a saved tensor was changed in place, so the chain does:
+what it keeps by reference must have the version that it was saved with.
 """
 
 from __future__ import annotations
@@ -24,6 +27,26 @@ if TYPE_CHECKING:
     from memrt.profiling.ledger import SavedToken
 
 __all__ = ["SavedTensorChain"]
+
+
+class _Kept(NamedTuple):
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Kept:
+        # a saved output would else hold the graph that holds it
+        return cls(tensor.detach() if tensor.requires_grad else tensor, tensor._version)
+
+    def get(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: a {self.tensor.dtype} tensor of shape "
+                f"{list(self.tensor.shape)} is at version {self.tensor._version}; expected version "
+                f"{self.version} instead"
+            )
+        return self.tensor
 
 
 class _Packed(NamedTuple):
@@ -68,7 +91,7 @@ class SavedTensorChain:
 
     def _pack(self, tensor: Tensor) -> Any:
         if tensor.untyped_storage()._cdata in self._weights:
-            return tensor
+            return _Kept.of(tensor)
         packed = self._pack_from(0, tensor)
         if self._observer.ledger is None:
             return packed
@@ -89,11 +112,13 @@ class SavedTensorChain:
             packed = self._stages[index].pack(tensor)
             if packed is not tensor:
                 return _Packed(index, _map_tensors(partial(self._pack_from, index + 1), packed))
-        return tensor
+        return _Kept.of(tensor)
 
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, _Held):
             return self._unpack(packed.packed)
+        if isinstance(packed, _Kept):
+            return packed.get()
         if isinstance(packed, _Packed):
             payload = packed.payload
             inner = (
@@ -102,11 +127,10 @@ class SavedTensorChain:
                 else self._unpack_leaf(payload)
             )
             return self._stages[packed.stage].unpack(inner)
-        result: Tensor = packed
-        return result
+        raise TypeError(f"{type(packed).__name__} was not packed here")
 
     def _unpack_leaf(self, value: Any) -> Any:
-        if isinstance(value, (_Packed, _Held)):
+        if isinstance(value, (_Packed, _Held, _Kept)):
             return self._unpack(value)
         if type(value) is tuple:
             return tuple(self._unpack_leaf(item) for item in value)

@@ -2,9 +2,10 @@
 
 Exact: bits are copied, not changed. Saved tensors of at least `min_bytes` leave the device; the
 device keeps one of them at a time while its backward runs. Host memory grows by the same bytes
-(pinned on CUDA). A tensor that several operators save is moved out once and back once for each of
-them, so traffic is the saved bytes times two or more: it pays together with activation
-checkpointing, where only layer inputs move (2 × layers × tokens × hidden elements a micro-batch).
+(pinned on CUDA). What several operators save is moved out once, whatever its shapes and strides,
+and back once for each of them, so traffic is the saved bytes times two or more: it pays together
+with activation checkpointing, where only layer inputs move (2 × layers × tokens × hidden elements a
+micro-batch). Of an expanded or sliced tensor only its own elements move.
 """
 
 from __future__ import annotations
@@ -68,31 +69,47 @@ class _Offload(Attachment):
 
     def __init__(self, settings: OffloadActivations, run: Session) -> None:
         super().__init__(settings, run)
-        # view of a storage -> (that storage, its copy); weak, and the storage is compared because
-        # an address is used again once a storage is gone
+        # elements of a storage -> (that storage, their copy); weak, and the storage is compared
+        # because an address is used again once a storage is gone
         self._copies: dict[Any, tuple[ref[UntypedStorage], ref[Tensor]]] = {}
 
     def pack(self, tensor: Tensor) -> Any:
         """Copy the tensor away, unless it is small or not on the device."""
-        if tensor.numel() * tensor.element_size() < self.settings.min_bytes:
-            return tensor
-        if tensor.device != self.run.device:
+        elements, is_flat = _elements(tensor)
+        num_bytes = elements.numel() * elements.element_size()
+        if num_bytes < max(1, self.settings.min_bytes) or tensor.device != self.run.device:
             return tensor
         storage = tensor.untyped_storage()
-        key = (id(storage), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version)
+        layout = (elements.shape, elements.stride(), elements.storage_offset(), elements.dtype)
+        key = (id(storage), layout, tensor._version)
         known = self._copies.get(key)
         copy = known[1]() if known is not None and known[0]() is storage else None
-        if copy is None or copy.dtype != tensor.dtype:
-            copy = self.run.move(tensor, self.settings.place)
+        if copy is None:
+            copy = self.run.move(elements, self.settings.place)
             self._copies[key] = (ref(storage), ref(copy))
-        return (copy,)
+        return (copy, tuple(tensor.shape), tensor.stride() if is_flat else None)
 
     def unpack(self, packed: Any) -> Tensor:
-        """Copy it back."""
-        return self.run.move(packed[0], "device")
+        """Copy it back; what had no gaps has its strides again."""
+        copy, shape, strides = packed
+        elements = self.run.move(copy, "device")
+        return elements.expand(shape) if strides is None else elements.as_strided(shape, strides)
 
     @contextmanager
     def around_micro_batch(self) -> Iterator[None]:
         """Forget the copies of a micro-batch when it is over."""
         yield
         self._copies.clear()
+
+
+def _elements(tensor: Tensor) -> tuple[Tensor, bool]:
+    """What a tensor covers in memory, flat; with gaps in it, the tensor less its expanded dims."""
+    tensor = tensor.detach()
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0:
+            tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    covered = 1 + sum((size - 1) * stride for size, stride in steps)
+    if covered != tensor.numel():
+        return tensor, False
+    return tensor.as_strided((covered,), (1,)), True
