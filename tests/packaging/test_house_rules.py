@@ -10,8 +10,7 @@ from tests.packaging.source_tree import Module, source_modules
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 
-LONGER_FILES: dict[str, tuple[int, str]] = {
-}
+LONGER_FILES: dict[str, tuple[int, str]] = {}
 """Files that may be longer, with their limit and the reason."""
 
 MODULES = source_modules()
