@@ -15,7 +15,19 @@ from memrt import Trainer as MemrtTrainer
 from memrt import TrainingArguments
 from memrt.testing import FAMILIES, tiny_batches, tiny_model
 
-__all__ = ["Recorder", "arguments", "examples", "model_of", "run", "trainer_of", "weights"]
+__all__ = [
+    "Recorder",
+    "arguments",
+    "assert_equal",
+    "assert_same",
+    "examples",
+    "history",
+    "model_of",
+    "run",
+    "saved_state",
+    "trainer_of",
+    "weights",
+]
 
 DROPOUT = {"llama": {"attention_dropout": 0.1}, "gpt2": {}, "bert": {}, "plain": {}}
 """Overrides that turn dropout on (GPT-2 and BERT have it by default)."""
@@ -118,9 +130,29 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         assert torch.equal(one[name], other[name]), name
 
 
-def stock() -> dict[str, type]:
-    """Options of `run` for transformers' own Trainer."""
-    return {"cls": transformers.Trainer, "arguments_cls": transformers.TrainingArguments}
+def saved_state(trainer: Any) -> dict[str, Any]:
+    """Optimizer and strategies, as a checkpoint would hold them."""
+    return {
+        "optimizer": trainer.optimizer.state_dict()["state"],
+        "strategies": trainer.session.strategy_state(),
+    }
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Bit-equal tensors and equal values, however they are nested."""
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for ours, theirs in zip(one, other, strict=True):
+            assert_same(ours, theirs)
+    else:
+        assert one == other
 
 
 def _settle() -> None:

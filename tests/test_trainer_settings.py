@@ -1,0 +1,155 @@
+"""What the Trainer tells strategies about the run, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import memrt
+from memrt import MemoryMixin
+from memrt.errors import ConflictError
+from memrt.structure import RunSettings
+from tests.trainer_runs import (
+    model_of,
+    run,
+    trainer_of,
+)
+from tests.trainer_stubs import Bring
+
+LISA = "lisa(layers=1, every=2)"
+SAVING = {"save_strategy": "steps", "save_steps": 3}
+
+
+def test_the_arguments_become_the_run_s_settings(tmp_path: Path) -> None:
+    trainer = trainer_of(
+        tmp_path,
+        options={"strategies": [LISA]},
+        learning_rate=3e-4,
+        adam_beta1=0.8,
+        adam_beta2=0.9,
+        adam_epsilon=1e-6,
+        weight_decay=0.1,
+        max_grad_norm=0.5,
+        gradient_accumulation_steps=3,
+        activation_checkpointing=True,
+        label_smoothing_factor=0.2,
+        seed=5,
+    )
+    assert trainer.session.facts.settings == RunSettings(
+        learning_rate=3e-4,
+        betas=(0.8, 0.9),
+        epsilon=1e-6,
+        weight_decay=0.1,
+        max_grad_norm=0.5,
+        accumulation_steps=3,
+        gradient_checkpointing=True,
+        label_smoothing=0.2,
+        seed=5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("optim", "name"),
+    [("adamw_torch", "adamw"), ("adamw_torch_fused", "adamw"), ("adafactor", "adafactor")],
+)
+def test_the_optimizer_s_name_reaches_the_strategies(optim: str, name: str, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, options={"strategies": [LISA]}, optim=optim)
+    assert trainer.session.facts.settings.optimizer == name
+
+
+def test_several_devices_processes_and_custom_losses_reach_the_strategies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(
+        tmp_path,
+        options={"strategies": [LISA], "compute_loss_func": lambda *_, **__: None},
+    )
+    assert trainer._run_settings().custom_loss
+    trainer.args._n_gpu = 2
+    assert trainer._run_settings().data_parallel
+    with pytest.raises(ConflictError, match="DataParallel"):
+        trainer._attach()
+    trainer.args._n_gpu = 1
+    monkeypatch.setattr(type(trainer.args), "world_size", property(lambda self: 2))
+    with pytest.raises(ConflictError, match=r"distributed data parallel needs .* lisa breaks"):
+        trainer._attach()
+
+
+def test_checkpointing_by_transformers_and_by_memrt_is_refused(tmp_path: Path) -> None:
+    options = {"strategies": ["activation_checkpoint"]}
+    with pytest.raises(ConflictError, match="gradient_checkpointing=True and activation_checkp"):
+        trainer_of(tmp_path, options=options, activation_checkpointing=True)
+    model = model_of("llama")
+    model.activation_checkpointing_enable()
+    with pytest.raises(ConflictError, match="both own the recompute"):
+        trainer_of(tmp_path, options=options, model=model)
+
+
+def test_strategies_in_two_places_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one place"):
+        trainer_of(tmp_path, options={"strategies": [LISA]}, strategies=["int8_states"])
+    in_arguments = trainer_of(tmp_path, strategies=[LISA])
+    given = trainer_of(tmp_path, options={"strategies": [LISA]})
+    assert in_arguments.session.strategies == given.session.strategies
+
+
+def test_an_optimizer_of_the_user_s_is_refused_when_a_strategy_brings_parts(
+    tmp_path: Path,
+) -> None:
+    model = model_of("llama")
+    before = dict(model.named_modules())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConflictError, match=r"SGD .* bring"):
+        trainer_of(
+            tmp_path,
+            model=model,
+            options={"strategies": [Bring()], "optimizers": (optimizer, None)},
+        )
+    with pytest.raises(ConflictError, match="adafactor"):
+        trainer_of(tmp_path, options={"strategies": [Bring()]}, optim="adafactor")
+    brought = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}
+    with pytest.raises(ConflictError, match="SGD"):
+        trainer_of(tmp_path, options={"strategies": [Bring()], **brought})
+    assert dict(model.named_modules()) == before
+
+
+def test_an_optimizer_made_by_a_subclass_is_refused_too(tmp_path: Path) -> None:
+    class Mine(memrt.Trainer):
+        def create_optimizer(self, model: Any = None) -> Any:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.optimizer
+
+    trainer = trainer_of(tmp_path, cls=Mine, options={"strategies": [Bring()]})
+    with pytest.raises(ConflictError, match="SGD"):
+        trainer.train()
+    switching = run(tmp_path, cls=Mine, options={"strategies": [LISA]})
+    assert type(switching.session.optimizer) is torch.optim.SGD
+
+
+def test_an_optimizer_of_the_user_s_works_where_none_is_brought(tmp_path: Path) -> None:
+    model = model_of("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    options = {"strategies": [LISA], "optimizers": (optimizer, None)}
+    trainer = run(tmp_path, model=model, options=options)
+    assert trainer.session.optimizer is optimizer
+    active = sum(p.requires_grad for p in model.parameters())
+    assert 0 < len(optimizer.state) == active < len(list(model.parameters()))
+
+
+def test_decay_groups_are_those_of_transformers(tmp_path: Path) -> None:
+    def groups(options: dict[str, Any]) -> list[tuple[float, int]]:
+        trainer = trainer_of(tmp_path, options=options, weight_decay=0.3)
+        trainer.create_optimizer()
+        assert trainer.create_optimizer() is trainer.optimizer
+        return [(g["weight_decay"], len(g["params"])) for g in trainer.optimizer.param_groups]
+
+    assert groups({"strategies": [Bring()]}) == groups({})
+
+
+def test_a_mixin_in_the_wrong_place_is_refused() -> None:
+    with pytest.raises(TypeError, match="must come before"):
+        type("Wrong", (transformers.Trainer, MemoryMixin), {})
