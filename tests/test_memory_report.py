@@ -22,7 +22,6 @@ from tests.trainer_runs import (
 from tests.trainer_stubs import Poison
 
 LISA = "lisa(layers=1, every=2)"
-SAVING = {"save_strategy": "steps", "save_steps": 3}
 
 
 def test_the_memory_report_counts_three_steps_and_changes_none(tmp_path: Path) -> None:

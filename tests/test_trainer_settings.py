@@ -21,7 +21,6 @@ from tests.trainer_runs import (
 from tests.trainer_stubs import Bring
 
 LISA = "lisa(layers=1, every=2)"
-SAVING = {"save_strategy": "steps", "save_steps": 3}
 
 
 def test_the_arguments_become_the_run_s_settings(tmp_path: Path) -> None:
