@@ -90,6 +90,19 @@ class ActivationCheckpoint(Strategy):
             )
         if self.every > min(len(stack.layers) for stack in facts.structure.stacks):
             raise ValueError(f"every={self.every} is more than the model has layers; lower it")
+        for name in self._chosen(facts):
+            if "forward" in vars(facts.model.get_submodule(name)):
+                raise ValueError(
+                    f"the forward of {name} was replaced on this instance (accelerate's device_map "
+                    "does it), so that it cannot be run again; put the model on one device"
+                )
+        implementation = getattr(facts.config, "_attn_implementation", "sdpa")
+        if "attention" in self.selective and implementation != "sdpa":
+            raise ValueError(
+                "selective=['attention'] keeps what scaled_dot_product_attention gives, and this "
+                f"model computes attention by {implementation!r}; leave 'attention' out or load "
+                "the model with attn_implementation='sdpa'"
+            )
 
     def _chosen(self, facts: Facts) -> list[str]:
         return [
