@@ -80,7 +80,7 @@ def train_step(run: Run, window: Sequence[Batch], *, read_values: bool = True) -
     if read_values and total is not None:
         value = float(total)
         if not math.isfinite(value):
-            raise NonFiniteLossError(step=session.step_index, loss=value, checkpoint=None)
+            raise NonFiniteLossError(step=session.step_index + 1, loss=value, checkpoint=None)
         run.losses.append(value)
     norm = session.step()
     if read_values and norm is not None:

@@ -35,6 +35,8 @@ __all__ = ["STATE_VERSION", "Session"]
 
 STATE_VERSION = 1
 
+_MARK = "_memrt_strategies"
+
 
 class Session:
     """One model, its strategies and its run.
@@ -63,6 +65,7 @@ class Session:
         self._in_step = False
         self._probe_batches = probe_batches
         check_all(self.strategies, self.facts)
+        _refuse_second_session(model, self.strategies)
         self._surgery = Surgery(model)
         self._observer = Observer(ledger)
         self._mover = Mover(model, self._observer)
@@ -82,6 +85,8 @@ class Session:
         if head_owner is not None:
             install_head(self, head_owner)
         self._observer.register_model(model)
+        if self.strategies:
+            vars(model)[_MARK] = [strategy.name for strategy in self.strategies]
 
     @property
     def ledger(self) -> Ledger | None:
@@ -332,6 +337,7 @@ class Session:
             attachment.detach()
         self.attachments = []
         self._surgery.undo()
+        vars(self.model).pop(_MARK, None)
         self._observer.drop()
 
     def drop_ledger(self) -> None:
@@ -356,3 +362,13 @@ class Session:
 
     def _book(self) -> None:
         self._observer.book(self.model, self.optimizer, self.attachments)
+
+
+def _refuse_second_session(model: nn.Module, strategies: Sequence[Strategy]) -> None:
+    """Strategies on top of another session's would wrap layers twice and inherit frozen ones."""
+    attached = vars(model).get(_MARK)
+    if attached and strategies:
+        raise ValueError(
+            f"this model already carries {', '.join(attached)} of another session; call its "
+            "detach() (trainer.session.detach()) or load the model anew"
+        )

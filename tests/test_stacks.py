@@ -52,3 +52,17 @@ def test_a_refused_stack_touches_nothing() -> None:
     with pytest.raises(ConflictError, match="fused_loss"):
         memrt.prepare(model, specs(["activation_checkpoint", "fused_loss"]))
     assert [type(m) for m in model.modules()] == classes
+
+
+def test_a_second_session_on_one_model_is_refused_until_the_first_is_detached() -> None:
+    from memrt.testing import tiny_model
+
+    model = tiny_model("plain")
+    first = memrt.prepare(model, specs(["lisa"]))
+    first.begin_step()
+    with pytest.raises(ValueError, match=r"already carries lisa .* detach"):
+        memrt.prepare(model, specs(["activation_checkpoint"]))
+    memrt.prepare(model)  # without strategies nothing is put on top
+    first.detach()
+    memrt.prepare(model, specs(["activation_checkpoint"]))
+    assert all(parameter.requires_grad for parameter in model.parameters())
