@@ -37,6 +37,7 @@ def sections(report: Report) -> list[Section]:
         "compare": _compare,
         "plan": _plan,
         "profile": _profile,
+        "train": _train,
     }
     kind = report.get("kind")
     if kind not in kinds:
@@ -291,3 +292,9 @@ def _profile(report: Report) -> list[Section]:
     from memrt.profiling.render_profile import profile_sections
 
     return profile_sections(report)
+
+
+def _train(report: Report) -> list[Section]:
+    from memrt.profiling.render_train import train_sections
+
+    return train_sections(report)
