@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": "memrt.cli.compare",
     "plan": "memrt.cli.plan",
     "profile": "memrt.cli.profile",
+    "train": "memrt.cli.train",
 }
 """Command -> module."""
 
@@ -42,6 +43,7 @@ Train models in less memory, and know where every byte is.
   memrt compare      fine-tune one model under several strategy stacks, print one table
   memrt plan         what a run will need: no weights, no GPU, exit code 0 fits, 2 does not
   memrt profile      a real run: predicted, counted, allocator and driver side by side
+  memrt train        a full fine-tune with evaluation, checkpoints, resume, and the report
 """
 
 

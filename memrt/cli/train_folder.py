@@ -1,0 +1,262 @@
+"""The output folder of `memrt train`: never over another run, and only like settings are resumed.
+
+output/
+    config.json, *.safetensors, tokenizer files     the trained model, a plain transformers folder
+    checkpoint-N/                                    what --resume goes on from
+    memrt/config.yaml                                the settings, as a config file
+    memrt/data.json                                  size and hash of the data files
+    memrt/report.json, report.md                     what the run needed and how it went
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import get_last_checkpoint
+
+from memrt.checkpoint import check_state, recover, write_json
+from memrt.cli.train_config import TrainConfig
+
+__all__ = ["RunFolder", "run_of"]
+
+_CONFIG = Path("memrt") / "config.yaml"
+_DATA = Path("memrt") / "data.json"
+_MODEL = "config.json"
+
+_FREE = (
+    "output",
+    "data.path",  # files are compared by what they hold
+    "data.evaluation_path",
+    "training.logging_",
+    "training.log_",
+    "training.report_to",
+    "training.run_name",
+    "training.project",
+    "training.trackio_",
+    "training.eval_",
+    "training.per_device_eval_batch_size",
+    "training.bf16_full_eval",
+    "training.fp16_full_eval",
+    "training.save_",
+    "training.load_best_model_at_end",
+    "training.metric_for_best_model",
+    "training.greater_is_better",
+    "training.push_to_hub",
+    "training.hub_",
+    "training.memory_report",
+    "training.stop_on_nonfinite",
+    "training.disable_tqdm",
+    "training.dataloader_num_workers",
+    "training.dataloader_pin_memory",
+    "training.dataloader_persistent_workers",
+    "training.dataloader_prefetch_factor",
+    "training.skip_memory_metrics",
+    "training.include_num_input_tokens_seen",
+    "training.max_steps",  # a longer run; the learning rate then follows the new schedule
+    "training.num_train_epochs",
+    "strategies",  # compared by memrt.checkpoint, which lets exact ones differ
+)
+"""Settings that may differ when a run is resumed; each stands for all that begin with it."""
+
+
+def run_of(path: Path) -> Path:
+    """The run's folder of a run or of one of its checkpoints."""
+    return path.parent if path.name.startswith("checkpoint-") else path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFolder:
+    """Where a run goes, and where it goes on from."""
+
+    path: Path
+    checkpoint: Path | None
+    move_aside: bool = False
+
+    # ------------------------------------------------------------ before the run
+
+    @classmethod
+    def fresh(cls, path: Path, *, overwrite: bool) -> RunFolder:
+        """For a new run; refuses a folder that holds anything else. Touches nothing."""
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"output={str(path)!r}: this is a file; name a folder")
+        parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not os.access(parent, os.W_OK):
+            raise ValueError(f"output={str(path)!r}: {parent} cannot be written to; name another")
+        if not path.exists() or not any(path.iterdir()):
+            return cls(path=path, checkpoint=None)
+        if not (path / _CONFIG).is_file():
+            raise ValueError(
+                f"output={str(path)!r}: the folder holds files that are no run of `memrt train`; "
+                "name another folder"
+            )
+        holds = _held(path)
+        if holds and not overwrite:
+            raise ValueError(
+                f"output={str(path)!r}: the folder holds a run ({holds}); go on with it by "
+                "--resume, name another folder by --output, or rename it to "
+                f"{_aside(path).name} and start anew by --overwrite"
+            )
+        return cls(path=path, checkpoint=None, move_aside=bool(holds))
+
+    @classmethod
+    def resumed(cls, config: TrainConfig, named: Path | None) -> RunFolder:
+        """For a run that goes on; refuses one of other settings and a damaged checkpoint."""
+        start = config.output if named is None else named
+        if not start.is_dir():
+            raise ValueError(f"--resume: there is no folder {str(start)!r}; leave --resume out")
+        recover(run_of(start))
+        last = str(start) if start != run_of(start) else get_last_checkpoint(str(start))
+        if last is None:
+            raise ValueError(
+                f"--resume: {str(start)!r} holds no checkpoint; leave --resume out to start anew"
+            )
+        _require_whole(Path(last))
+        origin = run_of(Path(last))
+        if (origin / _CONFIG).is_file():
+            _require_alike(origin, config)
+        check_state(Path(last), config.strategies)
+        if config.output.resolve() != origin.resolve():
+            fresh = cls.fresh(config.output, overwrite=False)
+            return cls(path=fresh.path, checkpoint=Path(last))
+        return cls(path=config.output, checkpoint=Path(last))
+
+    @staticmethod
+    def settings_of(path: Path) -> TrainConfig | None:
+        """The settings that a run was started with."""
+        file = run_of(path) / _CONFIG
+        return TrainConfig.from_yaml(file) if file.is_file() else None
+
+    # ------------------------------------------------------------ the run
+
+    def open(self, config: TrainConfig) -> str | None:
+        """Make the folder and write the settings; returns where an earlier run went."""
+        kept = None
+        if self.move_aside:
+            kept = _aside(self.path)
+            os.rename(self.path, kept)
+        (self.path / _CONFIG.parent).mkdir(parents=True, exist_ok=True)
+        write_text(self.path / _CONFIG, config.to_yaml())
+        write_json(self.path / _DATA, _fingerprints(config))
+        return None if kept is None else str(kept)
+
+    def last_checkpoint(self) -> str | None:
+        """The newest whole checkpoint of this run."""
+        return get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
+
+    def publish_model(self, write: Callable[[Path], object]) -> None:
+        """`write(folder)` makes a folder, whole or not at all; its files move here, config last."""
+        made = self.path / "memrt" / "model"
+        if made.exists():  # a run was killed while it moved files
+            shutil.rmtree(made)
+        write(made)
+        for file in sorted(made.iterdir(), key=lambda file: file.name == _MODEL):
+            os.replace(file, self.path / file.name)
+        made.rmdir()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write so that `path` holds the old text or the whole new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _held(path: Path) -> str:
+    """What of a run would be lost; nothing where it never came to its first checkpoint."""
+    last = get_last_checkpoint(str(path))
+    if (path / _MODEL).is_file():
+        return "finished"
+    return f"up to {Path(last).name}" if last else ""
+
+
+def _aside(path: Path) -> Path:
+    number = 1
+    while (kept := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    return kept
+
+
+# ---------------------------------------------------------------- what may be resumed
+
+
+def _require_alike(origin: Path, config: TrainConfig) -> None:
+    before = TrainConfig.from_yaml(origin / _CONFIG).values
+    found = [
+        f"{name} was {before.get(name)!r} and is {config.values.get(name)!r}"
+        for name in {**before, **config.values}
+        if not name.startswith(_FREE) and before.get(name) != config.values.get(name)
+    ]
+    try:
+        known = json.loads((origin / _DATA).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = None
+    for name, value in _fingerprints(config).items():
+        if known is not None and known.get(name) != value:
+            path = config.values[name]
+            found.append(f"{name} ({path}) does not hold the data that the run began with")
+    if found:
+        raise ValueError(
+            f"--resume: the run in {str(origin)!r} had other settings: {'; '.join(found)}; resume "
+            "with the same, or start a new run with another --output"
+        )
+
+
+def _fingerprints(config: TrainConfig) -> dict[str, Any]:
+    return {
+        f"data.{argument}": None if path is None else _fingerprint(Path(path))
+        for argument, path in config.data.paths()
+    }
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _require_whole(checkpoint: Path) -> None:
+    """Refuse a damaged checkpoint before anything is loaded; reads headers only."""
+    problem = next(_damage(checkpoint), None)
+    if problem is None:
+        return
+    others = [p for p in checkpoint.parent.glob("checkpoint-*") if p != checkpoint]
+    others = [p for p in others if p.name.rpartition("-")[2].isdigit()]
+    last = max(others, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    remedy = "start the run anew" if last is None else f"resume from another: --resume {last}"
+    raise ValueError(f"--resume: {problem}; {remedy}")
+
+
+def _damage(checkpoint: Path) -> Iterator[str]:
+    if not checkpoint.is_dir():
+        yield f"there is no checkpoint {str(checkpoint)!r}"
+        return
+    weights = sorted(checkpoint.glob("*.safetensors"))
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            yield f"{path} is damaged ({error})"
+    for path in sorted((*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"))):
+        if not zipfile.is_zipfile(path):
+            yield f"{path} is damaged (it is no file that torch.save wrote whole)"
+    state = checkpoint / "trainer_state.json"
+    if not weights or not state.is_file() or not (checkpoint / "optimizer.pt").is_file():
+        yield (
+            f"{str(checkpoint)!r} lacks weights, optimizer or trainer_state.json (was it written "
+            "with save_only_model?)"
+        )
+        return
+    try:
+        json.loads(state.read_text(encoding="utf-8"))
+    except ValueError as error:
+        yield f"{state} is damaged ({error})"

@@ -1,0 +1,94 @@
+"""What a run of `memrt train` will need: `memrt.plan` at the largest batch of its data."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from datasets import Dataset
+    from torch import Tensor, nn
+
+    from memrt.cli.train_config import TrainConfig
+    from memrt.cli.train_model import TrainedModel
+    from memrt.data import Collator
+    from memrt.runner import Batch
+
+__all__ = ["TORCH_ADAMW", "largest_batch", "predict"]
+
+TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
+"""Names of `optim` that are AdamW, which a plan runs."""
+
+_ROWS_PER_CALL = 4096
+
+_NOT_PLANNED = (
+    ("fp16", "fp16 mixed precision"),
+    ("activation_checkpointing", "transformers' own activation checkpointing"),
+    ("gradient_checkpointing", "transformers' own activation checkpointing"),
+    ("torch_compile", "torch.compile"),
+    ("use_liger_kernel", "Liger kernels"),
+    ("neftune_noise_alpha", "NEFTune"),
+    ("label_smoothing_factor", "label smoothing"),
+)
+"""Settings of the Trainer that a plan does not run."""
+
+
+def largest_batch(dataset: Dataset, collator: Collator, *, batch_size: int) -> Batch:
+    """The longest example with the shortest ones: as wide as a batch gets, padded where any is."""
+    lengths = np.concatenate(
+        [
+            table["input_ids"].combine_chunks().value_lengths().to_numpy()
+            for table in dataset.with_format("arrow").iter(batch_size=_ROWS_PER_CALL)
+        ]
+    )
+    order = np.argsort(-lengths, kind="stable")
+    chosen = [order[0], *order[1:][::-1][: batch_size - 1]]
+    return collator([dataset[int(index)] for index in chosen])
+
+
+def predict(
+    settings: TrainConfig, model: TrainedModel, dataset: Dataset, collator: Collator
+) -> dict[str, Any]:
+    """The plan as JSON, and in `not_planned` what of the settings is not in it."""
+    from memrt.planning import plan
+
+    arguments = settings.arguments
+    batch = largest_batch(dataset, collator, batch_size=arguments.per_device_train_batch_size)
+    planned = plan(
+        model.config,
+        settings.strategies,
+        batch_size=batch["input_ids"].shape[0],
+        sequence_length=batch["input_ids"].shape[1],
+        dtype=settings.dtype,
+        max_grad_norm=arguments.max_grad_norm or 0.0,
+        window=[batch] * arguments.gradient_accumulation_steps,
+        loss_of=_loss(torch.bfloat16 if arguments.bf16 else None),
+    )
+    report = planned.to_json()
+    report["shape"] = list(batch["input_ids"].shape)
+    report["not_planned"] = _left_out(arguments)
+    return report
+
+
+def _left_out(arguments: Any) -> list[str]:
+    found = {text: None for name, text in _NOT_PLANNED if getattr(arguments, name, None)}
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    if optimizer not in TORCH_ADAMW:
+        found[f"optimizer {optimizer} (planned: AdamW)"] = None
+    return list(found)
+
+
+def _loss(mixed: torch.dtype | None) -> Callable[[nn.Module, Batch], Tensor]:
+    from memrt.runner import model_loss
+
+    def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+        autocast = nullcontext() if mixed is None else torch.autocast("cpu", dtype=mixed)
+        with autocast:
+            return model_loss(model, batch)
+
+    return loss_of

@@ -1,0 +1,86 @@
+"""The report of `memrt train`: losses, speed, and memory as predicted, counted and watched."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memrt.checkpoint import write_json
+from memrt.cli.train_folder import write_text
+from memrt.cli.train_plan import TORCH_ADAMW
+from memrt.profiling.render import print_report, to_markdown
+from memrt.profiling.report import conditions
+
+if TYPE_CHECKING:
+    from memrt.cli.train_config import TrainConfig
+    from memrt.cli.train_model import TrainedModel
+    from memrt.data import PreparedData
+
+__all__ = ["COUNTED", "conditions_of", "deliver", "losses_of", "read_counted"]
+
+COUNTED = ("peak_bytes", "accounts", "places", "owners", "region", "phases", "top_allocations")
+"""What the ledger tells about the first steps; None where it did not run."""
+
+
+def read_counted(folder: Path) -> dict[str, Any]:
+    """What the Trainer's ledger wrote, or a run that this one goes on with."""
+    try:
+        found = json.loads((folder / "memrt" / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    steps = found.get("num_counted_steps", found.get("conditions", {}).get("num_steps"))
+    return {**{name: found.get(name) for name in COUNTED}, "num_counted_steps": steps}
+
+
+def losses_of(history: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """`loss` or `eval_loss` of every log with its step; None where it was not finite."""
+    return [
+        {"step": log["step"], "loss": log[name] if math.isfinite(log[name]) else None}
+        for log in history
+        if name in log
+    ]
+
+
+def conditions_of(
+    settings: TrainConfig, model: TrainedModel, data: PreparedData, *, tokenizer: str, trainer: Any
+) -> dict[str, Any]:
+    """Hardware, versions, commit and what was trained how."""
+    arguments = settings.arguments
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    return conditions(
+        settings={
+            "model": model.name,
+            "weights": "loaded" if model.has_weights else "random",
+            "num_parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "data": data.summary.train.source,
+            "tokenizer": tokenizer,
+            "batch_size": arguments.per_device_train_batch_size,
+            "sequence_length": settings.data.sequence_length,
+            "accumulation_steps": arguments.gradient_accumulation_steps,
+            "steps": trainer.state.max_steps,
+            "dtype": settings.values["dtype"],
+            "mixed_precision": trainer.accelerator.mixed_precision,
+            "optimizer": "AdamW" if optimizer in TORCH_ADAMW else optimizer,
+            "learning_rate": arguments.learning_rate,
+            "scheduler": str(getattr(arguments.lr_scheduler_type, "value", "")),
+            "max_grad_norm": arguments.max_grad_norm,
+            "weight_decay": arguments.weight_decay,
+            "seed": settings.seed,
+        },
+        strategies=[str(strategy) for strategy in settings.strategies],
+        device=str(arguments.device),
+    )
+
+
+def deliver(report: dict[str, Any], folder: Path, *, as_json: bool) -> None:
+    """Print first, so that a full disk cannot lose the result; then write the files."""
+    if as_json:
+        print(json.dumps(report, indent=2, allow_nan=False))
+    else:
+        print_report(report)
+    sys.stdout.flush()
+    write_text(folder / "memrt" / "report.md", to_markdown(report))
+    write_json(folder / "memrt" / "report.json", report)

@@ -1,0 +1,234 @@
+"""One run of `memrt train`: check everything, predict, train, evaluate, write model and report."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback, ProgressCallback, TrainerState
+from transformers.utils import logging as transformers_logging
+
+from memrt.checkpoint import TRAINER_STATE_NAME, load_state
+from memrt.cli.train_console import ConsoleCallback, Intervals, Speed
+from memrt.cli.train_folder import RunFolder
+from memrt.cli.train_model import TrainedModel, tokenizer_for
+from memrt.cli.train_plan import predict
+from memrt.cli.train_report import conditions_of, deliver, losses_of, read_counted
+from memrt.data import Collator, load_examples
+from memrt.data_files import require_file
+from memrt.first_steps import NUM_STEPS
+from memrt.profiling.monitor import Monitor
+from memrt.profiling.render_train import peak_line
+from memrt.profiling.report import SCHEMA
+from memrt.trainer import Trainer
+
+if TYPE_CHECKING:
+    from memrt.cli.train_config import TrainConfig
+    from memrt.cli.train_words import Words
+
+__all__ = ["TrainRun"]
+
+
+class TrainRun:
+    """Everything that one run needs; the output folder is touched when all of it is checked."""
+
+    def __init__(self, settings: TrainConfig, words: Words) -> None:
+        self.settings = settings
+        self._words = words
+        self._folder: RunFolder | None = None
+        self._predicted: dict[str, Any] | None = None
+
+    def last_checkpoint(self) -> str | None:
+        """The newest whole checkpoint, if the run came that far."""
+        return None if self._folder is None else self._folder.last_checkpoint()
+
+    def train(self) -> None:
+        """The whole run."""
+        _require_one_process()
+        for argument, path in self.settings.data.paths():
+            if path is not None:
+                require_file(path, f"data.{argument}")
+        _ = self.settings.arguments  # its errors come before the model is read
+        folder = self._claim()
+        _say(
+            f"output: {folder.path}" + (f", from {folder.checkpoint}" if folder.checkpoint else "")
+        )
+        with _memory_errors(self.settings.arguments.device), _without_bars():
+            self._prepare(folder)
+            kept = folder.open(self.settings)
+            self._folder = folder
+            if kept is not None:
+                _say(f"the earlier run is now {kept}")
+            self._train(folder)
+
+    # ---------------------------------------------------------------- before
+
+    def _claim(self) -> RunFolder:
+        if self._words.resume:
+            named = self._words.resume_from
+            return RunFolder.resumed(self.settings, None if named is None else Path(named))
+        return RunFolder.fresh(self.settings.output, overwrite=self._words.overwrite)
+
+    def _prepare(self, folder: RunFolder) -> None:
+        settings = self.settings
+        self._model = TrainedModel.resolve(settings)
+        self._tokenizer, self._tokenizer_name = tokenizer_for(
+            settings, self._model, checkpoint=folder.checkpoint
+        )
+        self._model = self._model.with_tokens_of(self._tokenizer)
+        self._data = load_examples(settings.data, self._tokenizer)
+        self._collator = Collator.for_tokenizer(self._tokenizer)
+        train, evaluation = self._data.train, self._data.evaluation
+        held_out = "" if evaluation is None else f", {len(evaluation):,} to evaluate on"
+        _say(f"{self._model.name}; {len(train):,} examples to train on{held_out}")
+        try:
+            self._predicted = predict(settings, self._model, train, self._collator)
+        except (RuntimeError, NotImplementedError) as error:
+            # a model that fake tensors cannot run can still be trained
+            _say(f"no prediction: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        else:
+            _say(peak_line(self._predicted))
+
+    def _trainer(self) -> tuple[Trainer, Speed, ConsoleCallback]:
+        settings, arguments = self.settings, self.settings.arguments
+        trainer = Trainer(
+            model=self._model.load(settings),
+            args=arguments,
+            train_dataset=self._data.train,
+            eval_dataset=self._data.evaluation,
+            data_collator=self._collator,
+            processing_class=self._tokenizer,
+        )
+        speed = Speed(num_counted_steps=NUM_STEPS if arguments.memory_report else 0)
+        console = ConsoleCallback(speed, with_bar=not arguments.disable_tqdm)
+        for theirs in (PrinterCallback, ProgressCallback):  # they write to stdout
+            trainer.remove_callback(theirs)
+        for ours in (Intervals(), speed, console):
+            trainer.add_callback(ours)
+        return trainer, speed, console
+
+    # ---------------------------------------------------------------- the run
+
+    def _train(self, folder: RunFolder) -> None:
+        from memrt.export import export_run
+
+        trainer, speed, console = self._trainer()
+        checkpoint = folder.checkpoint
+        with Monitor(device=self.settings.arguments.device) as monitor:
+            if checkpoint is not None and _steps_left(trainer, checkpoint) <= 0:
+                _say(f"{checkpoint} is the last step; nothing is left to train")
+                self._load_finished(trainer, checkpoint)
+            else:
+                try:
+                    trainer.train(
+                        resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                    )
+                finally:
+                    console.close()
+            self._evaluate(trainer)
+        report = self._report(trainer, speed, monitor, folder)
+        folder.publish_model(lambda made: export_run(trainer, made))
+        deliver(report, folder.path, as_json=self._words.json)
+        _say(f"model: {folder.path}, report: {folder.path / 'memrt' / 'report.md'}")
+
+    def _load_finished(self, trainer: Trainer, checkpoint: Path) -> None:
+        """The model as its last step left it: transformers' `train` would take one more."""
+        trainer._load_from_checkpoint(str(checkpoint))
+        if self.settings.strategies:
+            assert trainer.session is not None
+            state = load_state(checkpoint, self.settings.strategies)
+            trainer.session.load_strategy_state(state)
+        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        """At the end, unless the last step was evaluated and is what is kept."""
+        if self._data.evaluation is None:
+            return
+        done = losses_of(trainer.state.log_history, "eval_loss")
+        is_last = bool(done) and done[-1]["step"] == trainer.state.global_step
+        if not is_last or self.settings.arguments.load_best_model_at_end:
+            trainer.evaluate()
+
+    def _report(
+        self, trainer: Trainer, speed: Speed, monitor: Monitor, folder: RunFolder
+    ) -> dict[str, Any]:
+        losses = losses_of(trainer.state.log_history, "loss")
+        evaluations = losses_of(trainer.state.log_history, "eval_loss")
+        conditions = conditions_of(
+            self.settings, self._model, self._data, tokenizer=self._tokenizer_name, trainer=trainer
+        )
+        return {
+            "schema": SCHEMA,
+            "kind": "train",
+            **read_counted(folder.path),
+            "predicted": self._predicted,
+            "monitor": monitor.report().to_json(),
+            "tokens_per_second": speed.tokens_per_second,
+            "loss": losses[-1]["loss"] if losses else None,
+            "losses": losses,
+            "evaluation_loss": evaluations[-1]["loss"] if evaluations else None,
+            "evaluation_losses": evaluations,
+            "steps": trainer.state.global_step,
+            "resumed_from": None if folder.checkpoint is None else str(folder.checkpoint),
+            "output": str(folder.path),
+            "data": self._data.summary.as_dict(),
+            "conditions": conditions,
+        }
+
+
+def _steps_left(trainer: Trainer, checkpoint: Path) -> int:
+    """Steps from a checkpoint to the end; tells where the end is another than when it was saved."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    loader = trainer.get_train_dataloader()
+    total = int(trainer.set_initial_training_values(trainer.args, loader)[-1])
+    if total != state.max_steps:
+        _say(
+            f"the run was to have {state.max_steps} steps and now has {total}: after its next step "
+            "the learning rate follows the new schedule"
+        )
+    return total - int(state.global_step)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _require_one_process() -> None:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
+        raise ValueError(
+            f"WORLD_SIZE={size}: `memrt train` is one process; for several use memrt.Trainer in a "
+            "script of your own under torchrun"
+        )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws no bar for every file that it writes."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _memory_errors(device: torch.device) -> Iterator[None]:
+    """torch's out-of-memory errors as Python's, with a remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).partition("\n")[0]
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text):
+            raise
+        raise MemoryError(
+            f"out of memory on {device}: {text} Lower training.per_device_train_batch_size or "
+            "data.sequence_length, or add strategies; `memrt plan` tells what a run needs"
+        ) from error
