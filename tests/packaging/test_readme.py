@@ -16,6 +16,8 @@ import memrt
 from benchmarks import tables
 from memrt.cli.main import COMMANDS, _modules, _parser, main
 from memrt.cli.stacks import parse_stack
+from memrt.cli.train_config import resolve
+from memrt.cli.train_words import parse_words
 from memrt.errors import ConflictError
 from memrt.testing import tiny_model
 from tests.packaging.source_tree import ROOT
@@ -82,6 +84,10 @@ def test_commands_on_the_page_are_understood(page: Path) -> None:
         if command is not None:
             words = shlex.split(command.group(1), comments=True)
             assert words[0] in COMMANDS, line
+            if words[0] == "train":
+                given = parse_words(words[1:])
+                resolve(given.config, given.settings, base=None)
+                continue
             for stack in parser.parse_args(words).strategies or []:
                 if not stack.startswith("last_layers"):  # the example's, tested with it
                     parse_stack([stack])
