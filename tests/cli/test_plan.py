@@ -13,18 +13,17 @@ import pytest
 from tests.cli.conftest import SHAPES, Command
 
 STACKS = [
-    ["none"],
-    ["activation_checkpoint", "offload_activations"],
-    ["lisa+int8_states"],
-    ["galore(rank=16)", "int8_states", "fused_loss(chunk_tokens=16)"],
+    (2, ["none"]),
+    (1, ["activation_checkpoint", "offload_activations"]),
+    (2, ["lisa+int8_states"]),
+    (1, ["galore(rank=16)", "int8_states", "fused_loss(chunk_tokens=16)"]),
 ]
 KEYS = ("peak_bytes", "accounts", "owners", "places", "place_peaks", "account_maxima", "phases")
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("stack", STACKS, ids="+".join)
+@pytest.mark.parametrize(("accumulation", "stack"), STACKS)
 def test_plan_equals_profile_and_compare_to_the_byte(
-    memrt: Command, model_folder: Callable[..., Path], stack: list[str], accumulation: int
+    memrt: Command, model_folder: Callable[..., Path], accumulation: int, stack: list[str]
 ) -> None:
     words = ["--model", model_folder(), *SHAPES, "--accumulation", accumulation, "--json"]
     planned = memrt("plan", *words, "--strategies", *stack).report
