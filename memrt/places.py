@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,14 +25,12 @@ class Mover:
     def __init__(self, model: nn.Module, observer: Observer) -> None:
         self._model = model
         self._observer = observer
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        self._num_files = 0
 
     def move(self, tensor: Tensor, place: Place | str) -> Tensor:
         """A copy of `tensor` in `place`, of the same shape, dtype and values.
 
-        Host copies of CUDA tensors are pinned. Disk copies are memory-mapped files in a temporary
-        folder that goes with the session.
+        Host copies of CUDA tensors are pinned. Disk copies are memory-mapped files in the folder
+        for temporary files (TMPDIR), which have no name and go with the tensor.
         """
         try:
             target = Place(place)
@@ -55,12 +53,10 @@ class Mover:
 
         if isinstance(tensor, FakeTensor):
             return tensor.clone()
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="memrt-disk-")
-        self._num_files += 1
-        path = Path(self._folder.name) / f"{self._num_files}.bin"
-        mapped = torch.from_file(
-            str(path), shared=True, size=max(tensor.numel(), 1), dtype=tensor.dtype
-        )
-        path.unlink()  # the mapping keeps the bytes until the tensor dies; none are left behind
+        size = max(tensor.numel(), 1)
+        with tempfile.NamedTemporaryFile(prefix="memrt-disk-") as file:
+            if hasattr(os, "posix_fallocate"):  # or a full disk would kill the process at a write
+                os.posix_fallocate(file.fileno(), 0, size * tensor.element_size())
+            mapped = torch.from_file(file.name, shared=True, size=size, dtype=tensor.dtype)
+        # the name is gone; the mapping keeps the bytes until the tensor dies
         return mapped[: tensor.numel()].view(tensor.shape).copy_(tensor)

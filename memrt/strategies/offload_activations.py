@@ -52,7 +52,8 @@ class OffloadActivations(Strategy):
     def __post_init__(self) -> None:
         if self.place not in PLACES:
             raise ValueError(f"place={self.place!r}: use one of {', '.join(PLACES)}")
-        if not isinstance(self.min_bytes, int) or self.min_bytes < 0:
+        whole = isinstance(self.min_bytes, int) and not isinstance(self.min_bytes, bool)
+        if not whole or self.min_bytes < 0:
             raise ValueError(f"min_bytes={self.min_bytes!r}: must be a number of bytes, 0 or more")
 
     def claims(self, facts: Facts) -> list[Claim]:
