@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from memrt.profiling.accounts import Place
+from memrt.profiling.accounts import Account, Place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from memrt.observer import Observer
     from memrt.places import Mover
 
 __all__ = ["OptimizerState"]
@@ -20,10 +21,11 @@ __all__ = ["OptimizerState"]
 class OptimizerState:
     """The state of one optimizer's parameters, and where the state of the others waits."""
 
-    def __init__(self, mover: Mover) -> None:
+    def __init__(self, mover: Mover, observer: Observer) -> None:
         self.optimizer: torch.optim.Optimizer | None = None
         self.projections: dict[nn.Parameter, Any] = {}
         self._mover = mover
+        self._observer = observer
         self._parked: dict[str, tuple[Place, dict[str, Any]]] = {}
 
     def release(self, name: str, parameter: nn.Parameter, park: Place | str | None) -> None:
@@ -42,10 +44,14 @@ class OptimizerState:
             self.optimizer.state[parameter] = self._moved(state, Place.DEVICE)
 
     def _moved(self, state: Mapping[str, Any], place: Place | str) -> dict[str, Any]:
-        return {
+        moved = {
             key: self._mover.move(value, place) if isinstance(value, Tensor) else value
             for key, value in state.items()
         }
+        for value in moved.values():
+            if isinstance(value, Tensor):
+                self._observer.tag(value, Account.OPTIMIZER, owner="optimizer")
+        return moved
 
     def forget_parked(self) -> None:
         """Drop what is parked, before another run's is loaded."""

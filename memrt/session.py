@@ -69,7 +69,7 @@ class Session:
         self._surgery = Surgery(model)
         self._observer = Observer(ledger)
         self._mover = Mover(model, self._observer)
-        self._state = OptimizerState(self._mover)
+        self._state = OptimizerState(self._mover, self._observer)
         self.attachments: list[Attachment] = []
         try:
             for strategy in self.strategies:

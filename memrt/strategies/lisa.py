@@ -57,6 +57,8 @@ class Lisa(Strategy):
             value = getattr(self, option)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{option}={value!r}: must be a whole number, 1 or more")
+        if not isinstance(self.embeddings, bool):
+            raise ValueError(f"embeddings={self.embeddings!r}: must be True or False")
         if self.parked not in PARKED:
             raise ValueError(f"parked={self.parked!r}: use one of {', '.join(PARKED)}")
 
@@ -67,16 +69,14 @@ class Lisa(Strategy):
 
     def check(self, facts: Facts) -> None:
         """Needs enough repeated layers with trainable parameters."""
-        count = len(facts.structure.layer_names)
-        if not count:
+        if not facts.structure.layer_names:
             raise ValueError(f"{type(facts.model).__name__} has no list of repeated layers to draw")
+        count = len(_trainable_by_layer(facts)[0])
         if self.layers > count:
             raise ValueError(
-                f"layers={self.layers} is more than the {count} layers of this model; lower it"
+                f"layers={self.layers} is more than the {count} layers of this model that have "
+                "trainable parameters; lower it"
             )
-        inside = [n for n, _ in facts.parameters() if facts.structure.layer_of(n) is not None]
-        if not inside:
-            raise ValueError("no layer has a trainable parameter; LISA needs layers to draw from")
 
     def claims(self, facts: Facts) -> list[Claim]:
         """What trains."""
@@ -87,17 +87,23 @@ class Lisa(Strategy):
         return _Draws(self, run)
 
 
+def _trainable_by_layer(facts: Facts) -> tuple[dict[str, list[str]], list[str]]:
+    """Names of the trainable parameters of every layer that has some, and of those outside."""
+    layers: dict[str, list[str]] = {}
+    outside: list[str] = []
+    for name, _ in facts.parameters():
+        layer = facts.structure.layer_of(name)
+        (outside if layer is None else layers.setdefault(layer, [])).append(name)
+    return layers, outside
+
+
 class _Draws(Attachment):
     settings: Lisa
 
     def __init__(self, settings: Lisa, run: Session) -> None:
         super().__init__(settings, run)
-        structure = run.facts.structure
-        self._layers: dict[str, list[str]] = {name: [] for name in structure.layer_names}
-        self._outside: list[str] = []
-        for name, _ in run.facts.parameters():
-            layer = structure.layer_of(name)
-            (self._outside if layer is None else self._layers[layer]).append(name)
+        layers, self._outside = _trainable_by_layer(run.facts)
+        self._layers = list(layers.values())
         self.active: list[int] = []
 
     def before_step(self, step: int) -> None:
@@ -112,15 +118,14 @@ class _Draws(Attachment):
 
     def _activate(self, active: list[int]) -> None:
         self.active = active
-        layers = list(self._layers.values())
-        names = [name for index in active for name in layers[index]]
+        names = [name for index in active for name in self._layers[index]]
         if self.settings.embeddings:
             names += self._outside
         parked = self.settings.parked
         self.run.activate(names, park=None if parked == "no" else parked)
 
     def state_dict(self) -> dict[str, Any]:
-        """The active layers."""
+        """The active layers, counted among those that have trainable parameters."""
         return {"active": list(self.active)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
