@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import asdict
@@ -48,18 +49,29 @@ def add_gpu(report: dict[str, Any], gpu: Gpu | None) -> None:
 def deliver(
     report: dict[str, Any], arguments: argparse.Namespace, folder: ReportFolder | None
 ) -> None:
-    """Print first, so that a full disk cannot lose the result; then write the folder."""
+    """Print and write, in this order, and write even where nobody reads what is printed.
+
+    So neither a full disk nor a closed pipe loses a result.
+    """
     from memrt.profiling.render import print_report, to_markdown
 
     text = json.dumps(report, indent=2, allow_nan=False)
-    if arguments.json:
-        print(text)
-    else:
-        print_report(report)
-    sys.stdout.flush()
-    if folder is None:
-        return
-    kept = folder.write({"report.md": to_markdown(report), "report.json": text + "\n"})
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a Δ
+    try:
+        if arguments.json:
+            print(text)
+        else:
+            print_report(report)
+        sys.stdout.flush()
+    finally:
+        if folder is not None:
+            _write(folder, {"report.md": to_markdown(report), "report.json": text + "\n"})
+
+
+def _write(folder: ReportFolder, files: dict[str, str]) -> None:
+    kept = folder.write(files)
     if kept is not None:
         print(f"the earlier report is now {kept}", file=sys.stderr)
-    print(f"report: {folder.path / 'report.md'}, {folder.path / 'report.json'}", file=sys.stderr)
+    names = ", ".join(str(folder.path / name) for name in files)
+    print(f"report: {names}", file=sys.stderr)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -257,6 +260,27 @@ def test_a_full_disk_loses_nothing(
     assert "| none " in result.out  # the table was printed before
     assert Path("memrt-report/report.json").read_text() == before
     assert [p.name for p in Path().iterdir()] == ["memrt-report"]
+
+
+def test_a_closed_pipe_does_not_lose_the_report(model_folder: Callable[..., Path]) -> None:
+    folder = model_folder()
+    words = ["plan", "--model", str(folder), *SHAPES, "--output", str(folder / "out")]
+    command = [sys.executable, "-m", "memrt", *words]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[2],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert (folder / "out" / "report.md").is_file()
 
 
 # ---------------------------------------------------------------- stacks

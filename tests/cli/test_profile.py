@@ -49,6 +49,27 @@ def test_the_monitor_sees_every_phase_of_the_steps_without_the_ledger(
     assert phases["step"]["rss_peak_bytes"] > 2**20
 
 
+def test_weights_and_tokenizer_of_a_folder_are_used(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from memrt.embedded import embedded_tokenizer
+
+    folder = model_folder()
+    random = memrt("profile", "--model", folder, *RUN, "--json").report
+    assert random["conditions"]["weights"] == "random"
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model.save_pretrained(folder)
+    embedded_tokenizer(1024).save_pretrained(folder)
+    loaded = memrt("profile", "--model", folder, *RUN, "--json").report
+    assert loaded["conditions"]["weights"] == "loaded"
+    assert loaded["conditions"]["tokenizer"] == str(folder)
+    assert loaded["losses"] != random["losses"]
+    assert loaded["peak_bytes"] == random["peak_bytes"]
+
+
 def test_all_words_form_one_stack(memrt: Command, model_folder: Callable[..., Path]) -> None:
     words = ["profile", "--model", model_folder(), *RUN, "--json", "--strategies"]
     report = memrt(*words, "int8_states", "lisa+fused_loss").report
