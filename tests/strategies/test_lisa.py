@@ -401,7 +401,7 @@ def test_draws_are_a_function_of_seed_and_interval_alone() -> None:
 @pytest.mark.parametrize("family", ["plain", "gpt2"])
 @pytest.mark.parametrize("parked", ["no", "host", "disk"])
 def test_resume_in_the_middle_of_an_interval(family: str, parked: str) -> None:
-    spec = f"lisa(layers=1, every=4, parked={parked!r})"
+    spec = f"lisa(layers=1, every=4, parked={parked!r}, seed=3)"
     whole = memrt.prepare(model_of(family), [spec], lr=1e-2, weight_decay=0.1)
     train(whole, family, count=22)
 
@@ -414,9 +414,12 @@ def test_resume_in_the_middle_of_an_interval(family: str, parked: str) -> None:
 
     resumed = memrt.prepare(model_of(family, seed=9), [spec], lr=1e-2, weight_decay=0.1)
     train(resumed, family, count=3)  # of its own, all of which must be forgotten
+    assert drawn(resumed) != drawn(stopped)
     resumed.model.load_state_dict(state["model"])
     resumed.load_state_dict(copy.deepcopy(state["run"]))
     assert drawn(resumed) == drawn(stopped)
+    places = {entry["place"] for entry in resumed.strategy_state()["parked"].values()}
+    assert places == ({parked} if parked != "no" else set())
     active = {name for name, p in resumed.model.named_parameters() if p.requires_grad}
     assert active == names_of(resumed.model, family, drawn(stopped)) | OUTSIDE[family]
     train(resumed, family, first=14, count=8)
