@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from memrt.checkpoint import check_state, recover, write_json
 from memrt.cli.train_config import TrainConfig
+from memrt.cli.train_keys import keys
 
 __all__ = ["RunFolder", "run_of"]
 
@@ -60,6 +61,7 @@ _FREE = (
     "training.dataloader_persistent_workers",
     "training.dataloader_prefetch_factor",
     "training.skip_memory_metrics",
+    "training.use_cpu",
     "training.include_num_input_tokens_seen",
     "training.max_steps",  # a longer run; the learning rate then follows the new schedule
     "training.num_train_epochs",
@@ -190,11 +192,11 @@ def _aside(path: Path) -> Path:
 
 def _require_alike(origin: Path, config: TrainConfig) -> None:
     before = TrainConfig.from_yaml(origin / _CONFIG).values
-    found = [
-        f"{name} was {before.get(name)!r} and is {config.values.get(name)!r}"
-        for name in {**before, **config.values}
-        if not name.startswith(_FREE) and before.get(name) != config.values.get(name)
-    ]
+    found = []
+    for name, key in keys().items():
+        was, now = (values.get(name, key.default) for values in (before, config.values))
+        if not name.startswith(_FREE) and was != now:
+            found.append(f"{name} was {was!r} and is {now!r}")
     try:
         known = json.loads((origin / _DATA).read_text(encoding="utf-8"))
     except (OSError, ValueError):

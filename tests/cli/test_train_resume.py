@@ -103,6 +103,8 @@ def test_a_run_of_other_settings_is_refused_and_the_difference_named(memrt: Comm
         assert expected in result.error
         assert "Traceback" not in result.err
     assert sorted(Path("memrt-run").rglob("*")) == before
+    # a default that is spelled out is the same setting
+    _train(memrt, *RUN, "--steps", 2, "training.weight_decay=0.0", "--resume")
 
 
 def test_intervals_may_change_and_then_do(memrt: Command) -> None:
