@@ -66,8 +66,7 @@ def claims(stack: str, model: Llama, *, rank: int, chunk: int, active: int) -> d
         found["activations"] = found.get("activations", 0) + log_softmax
     if {"activation_checkpoint", "galore", "fused_loss"} <= names:
         # what a projected layer computes again is booked as workspace: one sum for both
-        both = found.pop("activations") + found.pop("workspace")
-        found["activations + workspace"] = both
+        found["activations + workspace"] = found.pop("activations") + found.pop("workspace")
     frozen = (model.layers - active) * model.layer_elements if "lisa" in names else 0
     if frozen:
         found["gradients"] = frozen * FLOAT
