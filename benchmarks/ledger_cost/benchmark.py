@@ -1,0 +1,139 @@
+"""What the ledger costs while it counts.
+
+Claim: the ledger takes about 10 µs an operator, so that counting a few real steps is cheap and the
+share of a step falls as the model grows.
+
+How it is measured: two runs of the same model, one under a ledger, take turns step by step (which
+one goes first alternates), through the lines that `memrt profile` runs. The cost is the median over
+the steps of with - without, the ratio that of with / without; per operator it is divided by the
+number of operators that a dispatch mode sees in a step. A third run, under a dispatch mode that
+does nothing, shows how much of it is torch's price for any mode.
+
+Goal: at most 15 µs an operator on every model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import memrt
+from benchmarks.record import spread
+from benchmarks.shapes import llama_config
+from memrt.planning import Shape, random_batches
+from memrt.profiling.ledger import Ledger
+from memrt.runner import Run, start, train_step
+from memrt.structure import RunSettings
+
+__all__ = ["CLAIM", "DEFAULTS", "GOAL", "TINY", "run"]
+
+CLAIM = "The ledger takes about 10 µs an operator while it counts."
+GOAL = "at most 15 µs an operator on every model"
+MOST_MICROSECONDS = 15.0
+
+DEFAULTS: dict[str, Any] = {
+    "sizes": ["0.004B", "0.03B", "0.1B"],
+    "batch_size": 2,
+    "sequence_length": 256,
+    "steps": 15,
+    "warm_up": 3,
+}
+TINY: dict[str, Any] = {"sizes": ["tiny"], "sequence_length": 16, "steps": 4, "warm_up": 2}
+
+
+class _Operators(TorchDispatchMode):
+    """A dispatch mode that counts operators and does nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+Variant = tuple[Run, Callable[[], AbstractContextManager[object]]]
+
+
+def _variants(size: str, operators: _Operators) -> dict[str, Variant]:
+    """A run of each kind, with the context that a step of it is taken in."""
+    variants: dict[str, Variant] = {}
+    for label in ("plain", "mode", "ledger"):
+        ledger = Ledger() if label == "ledger" else None
+        model = memrt.load(llama_config(size), dtype=torch.float32, seed=0)
+        with ledger or nullcontext():
+            begun = start(model, [], settings=RunSettings(max_grad_norm=1.0), ledger=ledger)
+        inside = {"plain": None, "mode": operators, "ledger": ledger}[label]
+        variants[label] = (begun, lambda inside=inside: inside or nullcontext())
+    return variants
+
+
+def _timed(variant: Variant, window: Sequence[Any]) -> float:
+    begun, context = variant
+    with context():
+        began = time.perf_counter()
+        train_step(begun, window)
+        return time.perf_counter() - began
+
+
+def run(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Every size in turn."""
+    repetitions, summary = [], {}
+    for size in options["sizes"]:
+        found = _measure(size, options)
+        repetitions.append(found)
+        summary[size] = _summary(found)
+    worst = max(summary, key=lambda size: summary[size]["microseconds_per_operator"]["median"])
+    cost = {size: each["microseconds_per_operator"]["median"] for size, each in summary.items()}
+    return {
+        "repetitions": repetitions,
+        "summary": summary,
+        "met": cost[worst] <= MOST_MICROSECONDS,
+        "reason": "; ".join(
+            f"{size}: {cost[size]:.1f} µs an operator, "
+            f"{each['ratio']['median']:.2f} times a step without"
+            for size, each in summary.items()
+        ),
+    }
+
+
+def _measure(size: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    shape = Shape(batch_size=options["batch_size"], sequence_length=options["sequence_length"])
+    window = random_batches(llama_config(size).vocab_size, shape)
+    operators = _Operators()
+    variants = _variants(size, operators)
+    for _ in range(options["warm_up"]):
+        for variant in variants.values():
+            operators.count = 0 if variant is variants["mode"] else operators.count
+            _timed(variant, window)
+    num_operators = operators.count
+    labels = list(variants)
+    seconds: dict[str, list[float]] = {label: [] for label in labels}
+    for step in range(options["steps"]):
+        turn = step % len(labels)
+        for label in labels[turn:] + labels[:turn]:
+            seconds[label].append(_timed(variants[label], window))
+    for begun, _ in variants.values():
+        begun.session.detach()
+    return {"size": size, "num_operators": num_operators, "step_seconds": seconds}
+
+
+def _summary(found: Mapping[str, Any]) -> dict[str, Any]:
+    seconds, count = found["step_seconds"], found["num_operators"]
+    pairs = list(zip(seconds["ledger"], seconds["plain"], strict=True))
+    modes = list(zip(seconds["mode"], seconds["plain"], strict=True))
+    return {
+        "num_operators": count,
+        "step_seconds": {label: spread(values) for label, values in seconds.items()},
+        "ratio": spread([ledger / plain for ledger, plain in pairs]),
+        "microseconds_per_operator": spread([1e6 * (a - b) / count for a, b in pairs]),
+        "microseconds_per_operator_of_any_mode": spread([1e6 * (a - b) / count for a, b in modes]),
+    }

@@ -1,0 +1,116 @@
+"""What memrt's Trainer costs when it has nothing to do.
+
+Claim: without strategies `memrt.Trainer` is as fast as `transformers.Trainer`, also while the light
+monitor (`memrt.profiling.monitor`) watches, and after `memory_report=True` has counted the first
+three steps and left.
+
+How it is measured: a small Llama is trained from the same weights on the same random ids by each
+Trainer in turn, A B C D E, B C D E A, and so on, so that a machine that gets slower slows all of
+them. A step lasts from the end of the one before to its own end. For each round, the median step of
+a variant is divided by that of transformers' Trainer; the ratio is the median over the rounds. A
+second run of transformers' Trainer is one of the variants: its ratio is the noise of the machine.
+
+Goal: at most 1 % slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+import torch
+
+import memrt
+from benchmarks.record import spread
+from benchmarks.shapes import llama_config
+from benchmarks.trainer_steps import VARIANTS, TrainerRun, random_examples, train
+
+__all__ = ["CLAIM", "DEFAULTS", "GOAL", "TINY", "run"]
+
+CLAIM = "Without strategies memrt's Trainer is as fast as transformers' Trainer, monitored or not."
+GOAL = "at most 1 % slower per step"
+HIGHEST_RATIO = 1.01
+
+BASELINE = "transformers"
+CONTROL = "transformers, again"
+
+DEFAULTS: dict[str, Any] = {
+    "size": "0.004B",
+    "batch_size": 4,
+    "sequence_length": 256,
+    "steps": 14,
+    "warm_up": 4,
+    "repetitions": 7,
+    "seed": 0,
+}
+TINY: dict[str, Any] = {
+    "size": "tiny",
+    "batch_size": 2,
+    "sequence_length": 16,
+    "steps": 6,
+    "repetitions": 2,
+}
+
+
+def _train_once(label: str, options: Mapping[str, Any]) -> TrainerRun:
+    config = llama_config(options["size"])
+    examples = random_examples(
+        config.vocab_size,
+        count=options["batch_size"] * options["steps"],
+        length=options["sequence_length"],
+        seed=options["seed"],
+    )
+    return train(
+        BASELINE if label == CONTROL else label,
+        memrt.load(config, dtype=torch.float32, seed=options["seed"]),
+        examples,
+        device=torch.device("cpu"),
+        batch_size=options["batch_size"],
+        steps=options["steps"],
+        warm_up=options["warm_up"],
+    )
+
+
+def run(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Rounds of every variant, in rotating order."""
+    labels = [*VARIANTS, CONTROL]
+    repetitions: list[dict[str, Any]] = []
+    for index in range(options["repetitions"]):
+        turn = index % len(labels)
+        runs = {label: _train_once(label, options) for label in labels[turn:] + labels[:turn]}
+        repetitions.append(
+            {
+                label: {"step_seconds": run.step_seconds, "training_loss": run.training_loss}
+                for label, run in runs.items()
+            }
+        )
+    return _judged(repetitions, labels)
+
+
+def _judged(repetitions: list[dict[str, Any]], labels: list[str]) -> dict[str, Any]:
+    middles = [
+        {label: median(found[label]["step_seconds"]) for label in labels} for found in repetitions
+    ]
+    ratios = {
+        label: spread([found[label] / found[BASELINE] for found in middles])
+        for label in labels
+        if label != BASELINE
+    }
+    losses = {found[label]["training_loss"] for found in repetitions for label in labels}
+    slowest = max(
+        (label for label in ratios if label != CONTROL), key=lambda x: ratios[x]["median"]
+    )
+    noise = abs(ratios[CONTROL]["median"] - 1)
+    return {
+        "repetitions": repetitions,
+        "summary": {
+            "step_seconds": {label: spread([m[label] for m in middles]) for label in labels},
+            "ratio": ratios,
+            "losses_equal": len(losses) == 1,
+        },
+        "met": ratios[slowest]["median"] <= HIGHEST_RATIO and len(losses) == 1,
+        "reason": f"{slowest}: {ratios[slowest]['median'] - 1:+.2%} a step; a second run of "
+        f"transformers' Trainer: {noise:.2%} off itself"
+        + ("" if len(losses) == 1 else "; the losses differ, so that not the same was trained"),
+    }

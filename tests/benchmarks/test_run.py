@@ -1,0 +1,164 @@
+"""The runner, and every benchmark with its smallest settings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import run
+from benchmarks.plan_accuracy.benchmark import rise_in_trace
+from benchmarks.record import RESULTS, ROOT, check_record
+from benchmarks.shapes import SHAPES, llama_config
+
+NAMES = ["ledger_cost", "plan_accuracy", "plan_time", "trainer_overhead"]
+
+
+def test_every_folder_with_a_benchmark_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.names() == NAMES
+    assert run.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in NAMES)
+    assert printed.count("goal:") == len(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_says_what_it_claims_and_how_it_measures(name: str) -> None:
+    found = run._module(name)
+    for word in ("Claim:", "How it is measured:", "Goal:"):
+        assert word in found.__doc__
+    assert found.CLAIM
+    assert found.GOAL
+    assert set(found.TINY) <= set(found.DEFAULTS)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """All of them as a user runs them, in one process."""
+    folder = tmp_path_factory.mktemp("results")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.run", "all", "--tiny", "--output", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")]
+    return {record["name"]: record for record in records}
+
+
+def test_every_benchmark_writes_a_record(results: dict[str, dict[str, Any]]) -> None:
+    assert sorted(results) == NAMES
+    for name, found in results.items():
+        check_record(found)
+        assert found["conditions"]["configuration"].keys() == run._module(name).DEFAULTS.keys()
+
+
+def test_the_trainers_train_the_same(results: dict[str, dict[str, Any]]) -> None:
+    found = results["trainer_overhead"]
+    assert found["summary"]["losses_equal"] is True
+    assert "transformers, again" in found["summary"]["ratio"]
+    # four steps are left of six: the first two warm up
+    steps = found["repetitions"][0]["memrt"]["step_seconds"]
+    configuration = found["conditions"]["configuration"]
+    assert len(steps) == configuration["steps"] - configuration["warm_up"]
+
+
+def test_the_ledgers_cost_is_per_operator(results: dict[str, dict[str, Any]]) -> None:
+    (found,) = results["ledger_cost"]["repetitions"]
+    assert found["num_operators"] > 1000  # forward, backward and step of seven layers
+    assert set(found["step_seconds"]) == {"plain", "mode", "ledger"}
+    assert results["ledger_cost"]["summary"]["tiny"]["ratio"]["median"] > 1
+
+
+def test_plans_of_every_layer_agree_with_the_quick_ones(results: dict[str, dict[str, Any]]) -> None:
+    summary = results["plan_time"]["summary"]
+    assert all(each["full_plan_is_equal"] for each in summary.values())
+    simulated = {len(each["simulated_layers"]) for each in results["plan_time"]["repetitions"]}
+    assert simulated == {1, 3}
+
+
+def test_plan_ledger_and_profiler_agree(results: dict[str, dict[str, Any]]) -> None:
+    found = results["plan_accuracy"]
+    assert found["verdict"] == "met", found["verdict_reason"]
+    assert found["summary"]["plan_equals_ledger"] == found["summary"]["rows"] == 2
+
+
+def test_tiny_results_do_not_go_where_results_are_committed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for arguments in (["plan_time", "--tiny"], ["plan_time", "--tiny", "--output", str(RESULTS)]):
+        with pytest.raises(SystemExit) as ended:
+            run.main(arguments)
+        assert ended.value.code == 2
+        assert "name a folder with --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["speed_of_light"], "benchmark 'speed_of_light' is unknown"),
+        (["plan_time", "--set", "repetition=2"], "write name=value with one of"),
+        (["plan_time", "--set", "repetitions"], "write name=value with one of"),
+        (["plan_time", "--set", "repetitions=many"], "repetitions must be of type int"),
+        (["plan_time", "--set", "repetitions=True"], "repetitions must be of type int"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_runs(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run.main(arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_settings_take_the_place_of_defaults() -> None:
+    chosen = run.chosen_options(
+        run._module("plan_time"), tiny=True, settings=["repetitions=3", 'sizes=["70B"]']
+    )
+    assert chosen["repetitions"] == 3
+    assert chosen["sizes"] == ["70B"]
+    assert chosen["sequence_length"] == 16
+
+
+def test_the_rise_in_a_trace_is_its_largest_sum() -> None:
+    def change(time: float, num_bytes: int, *, device: int = 0) -> dict[str, Any]:
+        arguments = {"Bytes": num_bytes, "Device Type": device}
+        return {"name": "[memory]", "ts": time, "args": arguments}
+
+    events = [change(3, -100), change(1, 100), change(2, 50), change(4, 20)]
+    assert rise_in_trace([*events, change(2, 999, device=1), {"name": "aten::mm"}]) == 150
+
+
+@pytest.mark.parametrize(
+    ("size", "billions"),
+    [("0.1B", 0.13), ("0.5B", 0.56), ("1B", 1.10), ("3B", 3.21), ("8B", 8.03), ("70B", 70.55)],
+)
+def test_shapes_have_the_parameters_that_their_names_say(size: str, billions: float) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(llama_config(size))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+def test_an_unknown_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="size='9B' is unknown"):
+        llama_config("9B")
+    assert "tiny" in SHAPES
+
+
+def test_the_commands_of_the_page_run_modules_that_exist() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
+    for word in page.split():
+        if word.startswith("benchmarks.") and word.strip("`") == word:
+            assert Path(ROOT, *word.split(".")).with_suffix(".py").exists(), word
+    assert (ROOT / "benchmarks" / "gpu" / "run.sh").exists()
