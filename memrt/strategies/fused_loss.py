@@ -48,7 +48,8 @@ class FusedLoss(Strategy):
     accumulate: str = "float32"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1:
+        whole = isinstance(self.chunk_tokens, int) and not isinstance(self.chunk_tokens, bool)
+        if not whole or self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens={self.chunk_tokens!r}: must be 1 or more")
         if self.accumulate not in ACCUMULATE:
             raise ValueError(f"accumulate={self.accumulate!r}: use one of {', '.join(ACCUMULATE)}")
