@@ -60,7 +60,6 @@ def conditions_of(
             "batch_size": arguments.per_device_train_batch_size,
             "sequence_length": settings.data.sequence_length,
             "accumulation_steps": arguments.gradient_accumulation_steps,
-            "steps": trainer.state.max_steps,
             "dtype": settings.values["dtype"],
             "mixed_precision": trainer.accelerator.mixed_precision,
             "optimizer": "AdamW" if optimizer in TORCH_ADAMW else optimizer,

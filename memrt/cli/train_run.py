@@ -118,6 +118,9 @@ class TrainRun:
         from memrt.export import export_run
 
         trainer, speed, console = self._trainer()
+        conditions = conditions_of(
+            self.settings, self._model, self._data, tokenizer=self._tokenizer_name, trainer=trainer
+        )
         checkpoint = folder.checkpoint
         with Monitor(device=self.settings.arguments.device) as monitor:
             if checkpoint is not None and _steps_left(trainer, checkpoint) <= 0:
@@ -131,7 +134,11 @@ class TrainRun:
                 finally:
                     console.close()
             self._evaluate(trainer)
-        report = self._report(trainer, speed, monitor, folder)
+        conditions["steps"] = trainer.state.max_steps
+        report = {
+            **self._report(trainer, speed, monitor, folder),
+            "conditions": conditions,
+        }
         folder.publish_model(lambda made: export_run(trainer, made))
         deliver(report, folder.path, as_json=self._words.json)
         _say(f"model: {folder.path}, report: {folder.path / 'memrt' / 'report.md'}")
@@ -159,9 +166,6 @@ class TrainRun:
     ) -> dict[str, Any]:
         losses = losses_of(trainer.state.log_history, "loss")
         evaluations = losses_of(trainer.state.log_history, "eval_loss")
-        conditions = conditions_of(
-            self.settings, self._model, self._data, tokenizer=self._tokenizer_name, trainer=trainer
-        )
         return {
             "schema": SCHEMA,
             "kind": "train",
@@ -177,7 +181,6 @@ class TrainRun:
             "resumed_from": None if folder.checkpoint is None else str(folder.checkpoint),
             "output": str(folder.path),
             "data": self._data.summary.as_dict(),
-            "conditions": conditions,
         }
 
 
