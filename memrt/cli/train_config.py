@@ -241,6 +241,7 @@ def _complete(given: dict[str, Any]) -> dict[str, Any]:
             values[name] = _checked(key, given[name])
         elif not (name.startswith("training.") and key.default == _transformers_default(name)):
             values[name] = key.default
+    _refuse_two_lengths(values)
     _complete_evaluation(values)
     return {name: values[name] for name in keys() if name in values}
 
@@ -257,6 +258,15 @@ def _checked(key: Key, value: Any) -> Any:
         return [str(strategy) for strategy in registry.parse_all(value)]
     require_type(key.name, key.hint, value)
     return value
+
+
+def _refuse_two_lengths(values: dict[str, Any]) -> None:
+    steps, epochs = (values.get(f"training.{name}") for name in ("max_steps", "num_train_epochs"))
+    if epochs is not None and steps is not None and steps > 0:
+        raise ValueError(
+            f"training.num_train_epochs={epochs!r} has no effect beside training.max_steps={steps}; "
+            "leave one of them out, or set max_steps=-1"
+        )
 
 
 def _complete_evaluation(values: dict[str, Any]) -> None:

@@ -145,6 +145,7 @@ BAD = [
     (["evaluation_fraction=.1", "evaluation_path=e.txt"], "both name evaluation data"),
     (["--eval-strategy", "steps"], "there is nothing to evaluate on"),
     (["model.config={model_type: llama}"], "both say what is trained"),
+    (["--steps", "4", "--epochs", "2"], "has no effect beside training.max_steps=4"),
     (["--lr"], "--lr needs a value"),
     (["-x"], "unknown argument '-x'"),
     (["a.yaml", "b.yaml"], "unexpected 'b.yaml' after the config file 'a.yaml'"),
