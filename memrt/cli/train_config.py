@@ -264,8 +264,8 @@ def _refuse_two_lengths(values: dict[str, Any]) -> None:
     steps, epochs = (values.get(f"training.{name}") for name in ("max_steps", "num_train_epochs"))
     if epochs is not None and steps is not None and steps > 0:
         raise ValueError(
-            f"training.num_train_epochs={epochs!r} has no effect beside training.max_steps={steps}; "
-            "leave one of them out, or set max_steps=-1"
+            f"training.num_train_epochs={epochs!r} has no effect beside training.max_steps={steps}"
+            "; leave one of them out, or set max_steps=-1"
         )
 
 
