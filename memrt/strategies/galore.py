@@ -123,9 +123,9 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _linear_weights(facts: Facts, targets: str) -> dict[str, nn.Parameter]:
     found = {}
     for name, module in facts.model.named_modules():
-        # a subclass with a forward of its own computes something else than y = x Wᵀ + b
+        # with a forward of its own it computes something else than y = x Wᵀ + b
         linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        if not (linear or _is_conv1d(module)):
+        if not (linear or _is_conv1d(module)) or "forward" in vars(module):
             continue
         weight_name, weight = f"{name}.weight", module.weight
         attention = facts.structure.is_attention(name)
