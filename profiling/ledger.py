@@ -149,8 +149,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.timeline.death(record)
 
         self._live[key] = (weakref.ref(storage, died), record)
-        # the forward that checkpointing runs again inside backward recomputes activations
-        if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
+        # The forward that checkpointing runs again inside backward recomputes activations. A module
+        # runs then; gradients may be off, inside an autograd function of the forward.
+        if torch._C._current_graph_task_id() != -1 and (
+            torch.is_grad_enabled() or len(self._modules) > 1
+        ):
             self.timeline.tag(record, Account.ACTIVATIONS)
         return record
 

@@ -112,8 +112,15 @@ class Timeline:
         self._events.append((record, False, None))
 
     def tag(self, record: Record, account: Account) -> None:
-        """A storage belongs to an account from now on (from birth on, when it is the first tag)."""
-        record.tags.append((len(self._events), account))
+        """A storage belongs to an account from now on.
+
+        Workspace is what nobody has booked, so a tag reaches back over it: to birth when it is the
+        first, to the end of the last account when the storage was given back in between.
+        """
+        if record.tags and record.tags[-1][1] is Account.WORKSPACE:
+            record.tags[-1] = (record.tags[-1][0], account)
+        else:
+            record.tags.append((len(self._events), account))
 
     @property
     def now(self) -> int:
