@@ -65,15 +65,24 @@ def prepare(
         ledger=ledger,
         probe_batches=probe_batches,
     )
-    if optimizer is None:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        optimizer = run.build_optimizer([{"params": named, "weight_decay": weight_decay}])
-    elif run.rules():
+    try:
+        run.adopt_optimizer(_optimizer(run, optimizer, weight_decay))
+    except BaseException:
         run.detach()
-        raise ValueError(
-            f"optimizer={type(optimizer).__name__} cannot be combined with "
-            f"{', '.join(s.name for s in run.strategies)}, which bring parts of the optimizer; "
-            "leave optimizer out and pass lr, betas, eps, weight_decay"
-        )
-    run.adopt_optimizer(optimizer)
+        raise
     return run
+
+
+def _optimizer(
+    run: Session, given: torch.optim.Optimizer | None, weight_decay: float
+) -> torch.optim.Optimizer:
+    if given is None:
+        named = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
+        return run.build_optimizer([{"params": named, "weight_decay": weight_decay}])
+    if run.rules():
+        raise ValueError(
+            f"optimizer={type(given).__name__} cannot be combined with "
+            f"{', '.join(a.name for a in run.attachments if a.rules())}, which bring parts of the "
+            "optimizer; leave optimizer out and pass lr, betas, eps, weight_decay"
+        )
+    return given

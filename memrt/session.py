@@ -64,6 +64,7 @@ class Session:
         self.last_micro_batch = True
         self._in_step = False
         self._probe_batches = probe_batches
+        self._mark = [strategy.name for strategy in self.strategies]
         check_all(self.strategies, self.facts)
         _refuse_second_session(model, self.strategies)
         self._surgery = Surgery(model)
@@ -75,18 +76,18 @@ class Session:
             for strategy in self.strategies:
                 with self._observer.owned_by(strategy.name):
                     self.attachments.append(strategy.attach(self))
+            self._backward_owner = self._owner_of(Slot.BACKWARD)
+            head_owner = self._owner_of(Slot.HEAD)
+            if head_owner is not None:
+                install_head(self, head_owner)
         except BaseException:
             self.detach()
             raise
         self._trainable = {name for name, p in model.named_parameters() if p.requires_grad}
         self._saved = SavedTensorChain(self.attachments, model, self._observer)
-        self._backward_owner = self._owner_of(Slot.BACKWARD)
-        head_owner = self._owner_of(Slot.HEAD)
-        if head_owner is not None:
-            install_head(self, head_owner)
         self._observer.register_model(model)
         if self.strategies:
-            vars(model)[_MARK] = [strategy.name for strategy in self.strategies]
+            vars(model)[_MARK] = self._mark
 
     @property
     def ledger(self) -> Ledger | None:
@@ -239,10 +240,14 @@ class Session:
         self.step_index += 1
 
     def abandon_step(self) -> None:
-        """Clean up after a step that was opened and never applied (an exception ended it)."""
+        """Clean up after a step that was opened and never applied (an exception ended it).
+
+        Its gradients go, wherever they are: they must not count in the next step.
+        """
         if self._in_step:
             for attachment in reversed(self.attachments):
                 attachment.after_step(self.step_index)
+            self.model.zero_grad(set_to_none=True)
             self._in_step = False
 
     # ---------------------------------------------------------------- gradients
@@ -337,7 +342,8 @@ class Session:
             attachment.detach()
         self.attachments = []
         self._surgery.undo()
-        vars(self.model).pop(_MARK, None)
+        if vars(self.model).get(_MARK) is self._mark:  # another session's stays
+            del vars(self.model)[_MARK]
         self._observer.drop()
 
     def drop_ledger(self) -> None:

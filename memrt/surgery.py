@@ -42,11 +42,20 @@ class Surgery:
 
     def replace(self, fqn: str, module: nn.Module) -> None:
         """Put `module` where `fqn` is."""
+        if not fqn:
+            raise ValueError("replace('') would replace the model; recast it or replace its parts")
         parent_name, _, attribute = fqn.rpartition(".")
         parent = self._model.get_submodule(parent_name)
         before = getattr(parent, attribute)
         setattr(parent, attribute, module)
-        self._undo.append(lambda: setattr(parent, attribute, before))
+        training = module.training
+
+        def undo() -> None:
+            setattr(parent, attribute, before)
+            if module.training is not training:  # train() or eval() was called meanwhile
+                before.train(module.training)
+
+        self._undo.append(undo)
 
     def recast(self, fqn: str, cls: type[nn.Module]) -> None:
         """Change the class of the module at `fqn` in place."""
