@@ -1,0 +1,466 @@
+"""The GPU suite without a GPU: it runs, its JSON has its shape, no number passes for a GPU's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from benchmarks.gpu import common, constants, memory, run, summary
+from benchmarks.gpu.codes import DEVICE_LOST, NO_DEVICE
+from benchmarks.gpu.common import PartFile, Setting
+from benchmarks.gpu.device_tests import rows_of
+from benchmarks.record import ROOT, check_record
+from memrt import registry
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every part, as the command runs it, with the results by file name."""
+    folder = tmp_path_factory.mktemp("suite") / "out"
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu/run.sh", str(folder), "--device", "cpu", "--scale", "tiny"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "MEMRT_COMMIT": "abc123"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    files = {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
+    return {"stdout": done.stdout, **files}
+
+
+def test_every_part_ends_and_writes_its_file(suite: dict[str, Any]) -> None:
+    assert set(suite) == {"stdout", "summary", "plans", *run.PARTS}
+    parts = suite["summary"]["summary"]["parts"]
+    assert {part["part"] for part in parts} == {"plans", *run.PARTS}
+    assert all(part["exit_code"] == 0 and part["starts"] == 1 for part in parts)
+    for name in ("plans", *run.PARTS):
+        assert suite[name]["part"] == name
+        assert suite[name]["running"] is None
+        assert suite[name]["rows"], name
+
+
+def test_no_number_of_a_cpu_looks_like_a_gpus(suite: dict[str, Any]) -> None:
+    record = suite["summary"]
+    assert record["verdict"] == "not judged"
+    assert record["conditions"]["device"] == "cpu"
+    assert record["conditions"]["driver_version"] is None
+    assert record["conditions"]["configuration"] == {"device": "cpu", "scale": "tiny"}
+    assert {suite[name]["device"] for name in ("plans", *run.PARTS)} == {"cpu"}
+    for row in suite["memory"]["rows"].values():
+        assert row["allocated"] is row["pinned"] is row["joules_per_token"] is None
+        assert row["driver"]["source"] == "rss"
+        assert row["driver"]["process_peak_bytes"] is row["driver"]["at_peak"] is None
+        assert "nvml" in row["unavailable"]
+    for row in suite["constants"]["rows"].values():
+        assert row["workspace_bytes"] is row["context_and_other_bytes"] is None
+    for row in suite["speed"]["rows"].values():
+        assert row["joules_per_token"] is row["peak_allocated_bytes"] is None
+    assert all(row["status"] == "skipped" for row in suite["tests"]["rows"].values())
+
+
+def test_the_summary_is_a_record_that_holds_everything(suite: dict[str, Any]) -> None:
+    record = suite["summary"]
+    check_record(record)
+    assert record["name"] == "gpu"
+    assert record["conditions"]["commit"] == "abc123"
+    assert record["conditions"]["packages"]["torch"] == torch.__version__
+    assert record["repetitions"] == {name: suite[name] for name in ("plans", *run.PARTS)}
+    assert record["verdict_reason"] in suite["stdout"]
+    assert "torch loop" in suite["stdout"]
+
+
+def test_the_strategies_are_right_on_this_device(suite: dict[str, Any]) -> None:
+    rows = suite["correctness"]["rows"]
+    statuses = {key: row["status"] for key, row in rows.items()}
+    assert sorted(set(statuses.values())) == ["passed", "refused"], statuses
+    offload = rows["llama offload_activations"]["checks"]
+    assert set(offload) == {
+        *("trains", "deterministic", "resume", "detach", "tidy"),
+        *("first loss", "follows CPU", "exact", "pinned"),
+    }
+    assert offload["pinned"]["is_pinned"] is False  # there is no CUDA to pin for
+    assert all(
+        row["status"] in ("passed", "skipped") for row in suite["operators"]["rows"].values()
+    )
+
+
+def test_plan_and_ledger_are_equal_here_too(suite: dict[str, Any]) -> None:
+    compared = suite["summary"]["summary"]["memory"]
+    assert [row["stack"] for row in compared] == ["none", "activation_checkpoint+fused_loss"]
+    for row in compared:
+        assert row["plan_equals_ledger"] is True
+        assert row["allocated_bytes"] is row["process_bytes"] is row["high_covers_process"] is None
+    phases = next(iter(suite["memory"]["rows"].values()))["phase_seconds"]
+    assert set(phases) >= {"counted", *memory.FULL_SPEED}
+
+
+def test_full_scale_covers_every_strategy() -> None:
+    from benchmarks.gpu.correctness import STACKS, _cases
+
+    setting = Setting(device=torch.device("cpu"), scale="full", output=Path("unused"))
+    cases = list(_cases(setting))
+    assert len(cases) == len(set(cases))
+    assert {stack for family, stack in cases if family == "bert"} >= {
+        "none",
+        *registry.names(),
+        *STACKS,
+    }
+
+
+# ---------------------------------------------------------------- parts that die
+
+
+def _part(folder: Path, **options: Any) -> PartFile:
+    return PartFile(
+        Setting(device=torch.device("cpu"), scale="tiny", output=folder, **options), "some"
+    )
+
+
+def test_a_part_goes_on_after_the_case_that_it_died_in(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed() -> dict[str, Any]:
+        raise Killed
+
+    part = _part(tmp_path)
+    part.case("first", lambda: {"value": 1})
+    with pytest.raises(Killed):
+        part.case("second", killed)
+
+    again = _part(tmp_path)
+    again.case("first", lambda: pytest.fail("it is known"))
+    again.case("second", lambda: pytest.fail("it would die again"))
+    again.case("third", lambda: {"value": 3})
+    rows = json.loads((tmp_path / "some.json").read_text("utf-8"))["rows"]
+    assert [row["status"] for row in rows.values()] == ["ok", "crashed", "ok"]
+
+
+def test_errors_are_rows_and_a_lost_device_ends_the_process(tmp_path: Path) -> None:
+    def fail(error: Exception) -> dict[str, Any]:
+        raise error
+
+    part = _part(tmp_path)
+    part.case("error", lambda: fail(KeyError("weights")))
+    part.case("memory", lambda: fail(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(SystemExit) as ended:
+        part.case("lost", lambda: fail(RuntimeError("CUDA error: an illegal memory access")))
+    assert ended.value.code == DEVICE_LOST
+    rows = json.loads((tmp_path / "some.json").read_text("utf-8"))["rows"]
+    assert {key: row["status"] for key, row in rows.items()} == {
+        "error": "error",
+        "memory": "out of memory",
+        "lost": "device lost",
+    }
+    assert "KeyError" in rows["error"]["traceback"]
+
+
+def test_only_the_cases_that_are_asked_for_run(tmp_path: Path) -> None:
+    part = _part(tmp_path, only=("1B ",))
+    for key in ("0.1B none", "1B none", "1B lisa"):
+        part.case(key, lambda: {})
+    assert list(part.rows) == ["1B none", "1B lisa"]
+
+
+def _suite(tmp_path: Path, codes: list[int | None], monkeypatch: pytest.MonkeyPatch) -> run._Suite:
+    arguments = argparse.Namespace(output=tmp_path, device="cpu", scale="tiny", minutes=9.0)
+    suite = run._Suite(arguments)
+    monkeypatch.setattr(suite, "_start", lambda part, limit: codes.pop(0))
+    return suite
+
+
+@pytest.mark.parametrize(
+    ("codes", "starts", "last"),
+    [
+        ([0], 1, 0),
+        ([DEVICE_LOST, -11, 0], 3, 0),
+        ([1, 1, 1, 1], run.MOST_STARTS, 1),
+        ([None], 1, None),
+        ([NO_DEVICE], 1, NO_DEVICE),
+    ],
+)
+def test_a_part_that_dies_is_started_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    codes: list[int | None],
+    starts: int,
+    last: int | None,
+) -> None:
+    suite = _suite(tmp_path, codes, monkeypatch)
+    assert suite.run(run.PARTS["operators"][0]) == last
+    (noted,) = suite.parts
+    assert (noted["starts"], noted["exit_code"]) == (starts, last)
+    assert noted["timed_out"] is (last is None)
+
+
+def test_a_part_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = argparse.Namespace(output=tmp_path, device="cpu", scale="tiny", minutes=9.0)
+    hanging = run.Part(name="operators", module="unused", limit_seconds=0.5)
+    monkeypatch.setattr(
+        run.Part, "command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"]
+    )
+    assert run._Suite(arguments).run(hanging) is None
+
+
+def test_without_a_device_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    with pytest.raises(SystemExit) as ended:
+        common.parse(["--output", str(tmp_path)], "")
+    assert ended.value.code == NO_DEVICE
+    assert "sees no CUDA device" in capsys.readouterr().out
+
+
+def test_plans_are_made_without_the_device() -> None:
+    command = run.PLANS.command(argparse.Namespace(device="cuda", scale="full", output=Path("x")))
+    assert command[command.index("--device") + 1] == "cpu"
+    assert run.PLANS.environment == {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def test_older_results_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}", "utf-8")
+    with pytest.raises(SystemExit) as ended:
+        run.main([str(tmp_path), "--device", "cpu", "--scale", "tiny"])
+    assert ended.value.code == 2
+    assert (tmp_path / "summary.json").read_text("utf-8") == "{}"
+
+
+# ---------------------------------------------------------------- what a GPU's numbers come to
+
+
+def _memory_row(*, process: int | None, size: str = "1B") -> dict[str, Any]:
+    return {
+        "status": "ok",
+        "size": size,
+        "stack": "none",
+        "peak_bytes": 10 * GIB,
+        "rounded_peak_bytes": 10 * GIB,
+        "accounts": {"weights": 10 * GIB},
+        "allocated": {
+            "counted_peak_bytes": 10 * GIB,
+            "full_speed_peak_bytes": 10 * GIB,
+            "peak_reserved_bytes": 11 * GIB,
+        },
+        "driver": {"process_peak_bytes": process, "process_source": "listed"},
+        "tokens_per_second": 100.0,
+        "joules_per_token": 0.5,
+    }
+
+
+def _contents(*, expected: int, high: int, process: int, failed: int = 0) -> dict[str, Any]:
+    plan = {
+        "status": "ok",
+        "peak_bytes": 10 * GIB,
+        "rounded_peak_bytes": 10 * GIB,
+        "accounts": {"weights": 10 * GIB},
+        "device_bytes": {"low": 10 * GIB, "expected": expected, "high": high},
+    }
+    checks = {f"case {index}": {"status": "failed", "reason": "exact"} for index in range(failed)}
+    name = "NVIDIA H200"
+    return {
+        "plans": {"device": "cpu", "rows": {"1B 1x2048 none": plan}},
+        "memory": {"device": name, "rows": {"1B 1x2048 none": _memory_row(process=process)}},
+        "correctness": {"device": name, "rows": {"llama none": {"status": "passed"}, **checks}},
+    }
+
+
+PARTS = [{"part": "memory", "exit_code": 0}]
+
+
+@pytest.mark.parametrize(
+    ("expected", "high", "failed", "codes", "verdict"),
+    [
+        (103, 110, 0, 0, "met"),
+        (106, 110, 0, 0, "missed"),  # more than 5 % off in more than a tenth of the runs
+        (99, 99.5, 0, 0, "missed"),  # the high bound is below what was seen
+        (103, 110, 1, 0, "missed"),
+        (103, 110, 0, None, "missed"),  # time was up
+    ],
+)
+def test_the_verdict_on_a_device(
+    expected: float, high: float, failed: int, codes: int | None, verdict: str
+) -> None:
+    process = 10 * GIB
+    contents = _contents(
+        expected=int(expected / 100 * process),
+        high=int(high / 100 * process),
+        process=process,
+        failed=failed,
+    )
+    parts = [{"part": "memory", "exit_code": codes}]
+    made = summary.record(contents, parts, seconds=1.0, device="cuda", scale="full")
+    check_record(made)
+    assert made["verdict"] == verdict, made["verdict_reason"]
+    assert made["conditions"]["device"] == "NVIDIA H200"
+    assert "NVIDIA H200" in summary.text(made)
+
+
+def test_a_run_without_its_plan_or_without_nvml_is_kept() -> None:
+    row = _memory_row(process=None)
+    assert summary.compare(row, None)["predicted_bytes"] is None
+    contents = {"memory": {"device": "NVIDIA H200", "rows": {"1B 1x2048 none": row}}}
+    made = summary.record(contents, PARTS, seconds=1.0, device="cuda", scale="full")
+    assert made["verdict"] == "not judged"
+    assert "1B none" in summary.text(made)
+
+
+def test_cases_that_did_not_run_are_named() -> None:
+    rows = {"8B 1x2048 none": {"status": "out of memory", "reason": "Tried to allocate 2 GiB"}}
+    made = summary.record(
+        {"memory": {"device": "NVIDIA H200", "rows": rows}},
+        PARTS,
+        seconds=1.0,
+        device="cuda",
+        scale="full",
+    )
+    assert "out of memory: Tried to allocate 2 GiB" in summary.text(made)
+
+
+def test_the_allocators_peaks_are_without_what_was_there_before() -> None:
+    def phase(allocated: int) -> SimpleNamespace:
+        return SimpleNamespace(allocated_peak_bytes=allocated, reserved_peak_bytes=allocated + 7)
+
+    report = SimpleNamespace(
+        allocator=SimpleNamespace(peak_reserved_bytes=500, num_alloc_retries=0),
+        phases={
+            "load": phase(900),  # not a step's
+            "counted": phase(300),
+            "forward": phase(250),
+            "backward": phase(280),
+            "step": phase(260),
+        },
+    )
+    found = memory._allocated(report, 64)  # type: ignore[arg-type]
+    assert found is not None
+    assert found["counted_peak_bytes"] == 300 - 64
+    assert found["full_speed_peak_bytes"] == 280 - 64
+    assert memory._allocated(SimpleNamespace(allocator=None), None) is None  # type: ignore[arg-type]
+
+
+def test_rows_of_a_junit_report() -> None:
+    report = ElementTree.fromstring(
+        """<testsuites><testsuite>
+        <testcase classname="a" name="one"/>
+        <testcase classname="a" name="two"><skipped message="needs a CUDA device"/></testcase>
+        <testcase classname="b" name="three"><failure message="assert 1 == 2"/></testcase>
+        <testcase classname="b" name="four"><error/></testcase>
+        </testsuite></testsuites>"""
+    )
+    rows = dict(rows_of(report))
+    assert {key: row["status"] for key, row in rows.items()} == {
+        "a::one": "passed",
+        "a::two": "skipped",
+        "b::three": "failed",
+        "b::four": "failed",
+    }
+    assert rows["b::three"]["reason"] == "assert 1 == 2"
+
+
+# ---------------------------------------------------------------- a device that is made up
+
+
+class _MadeUp(Setting):
+    """A setting whose numbers count as a GPU's; the tensors lie on the CPU."""
+
+    @property
+    def is_cuda(self) -> bool:
+        return True
+
+
+class _Nvml:
+    """A driver that lists the process with 700 bytes, of which the allocator has 500."""
+
+    def driver_version(self) -> str:
+        return "580.1"
+
+    def device(self, address: Any) -> _Nvml:
+        return self
+
+    def read(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            device_used_bytes=900,
+            process_used_bytes=700,
+            driver_reserved_bytes=10,
+            unavailable={},
+        )
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of torch.cuda and NVML that the suite reads, with numbers to recognise."""
+    allocated = iter(range(0, 10**6, 512))
+    pinned = iter({"allocated_bytes.current": n, "num_host_alloc": n} for n in range(0, 900, 4))
+    reading = SimpleNamespace(allocated_bytes=1536, requested_bytes=1030, reserved_bytes=500)
+    monkeypatch.setattr(constants, "Nvml", _Nvml)
+    monkeypatch.setattr(constants, "address_of_torch_device", lambda index: index)
+    monkeypatch.setattr(constants, "CudaAllocator", lambda _: SimpleNamespace(read=lambda: reading))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: next(allocated))
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: next(pinned))
+    monkeypatch.setattr(torch.cuda, "reset_peak_host_memory_stats", lambda: None)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda _: SimpleNamespace(major=9, minor=0, total_memory=10**9, multi_processor_count=132),
+    )
+    real_empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **o: real_empty(*a, **o))
+
+
+@pytest.mark.usefixtures("device")
+def test_what_a_device_holds_beside_tensors(tmp_path: Path) -> None:
+    setting = _MadeUp(device=torch.device("cpu"), scale="tiny", output=tmp_path)
+    driver = constants._Driver(setting)
+    kept = [torch.zeros(1)]
+    row = constants._row(setting, driver, kept)
+    assert row["workspace_bytes"] == 1536 - 512
+    assert row["context_and_other_bytes"] == 700 - 500
+    assert row["own_is"] == "listed"
+    assert constants._row(setting, driver, [])["context_and_other_bytes"] == 700
+    assert constants._rounding(setting) == dict.fromkeys(
+        ("1", "512", "513", str(2**20 + 1), str(10 * 2**20 + 1)), 512
+    )
+    assert set(constants._pinned_rounding(setting)[str(3 * 2**20)]) == {"allocated_bytes.current"}
+    found = constants._capability(setting)
+    assert found is not None
+    assert found["compute_capability"] == "9.0"
+
+
+@pytest.mark.usefixtures("device")
+def test_a_process_that_is_not_listed_has_the_devices_growth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = iter([300, 900])
+    monkeypatch.setattr(
+        _Nvml,
+        "read",
+        lambda _: SimpleNamespace(
+            device_used_bytes=next(used),
+            process_used_bytes=None,
+            driver_reserved_bytes=None,
+            unavailable={"process_used_bytes": "in a container"},
+        ),
+    )
+    setting = _MadeUp(device=torch.device("cpu"), scale="tiny", output=tmp_path)
+    found = constants._Driver(setting).read()
+    assert (found["own_bytes"], found["own_is"]) == (600, "device growth")
+
+
+@pytest.mark.usefixtures("device")
+def test_pinned_memory_is_read_where_torch_counts_it(tmp_path: Path) -> None:
+    setting = _MadeUp(device=torch.device("cpu"), scale="tiny", output=tmp_path)
+    assert memory._Pinned(setting).read() == {"allocated_bytes.current": 0}
