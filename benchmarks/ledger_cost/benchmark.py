@@ -15,7 +15,7 @@ Goal: at most 15 µs an operator on every model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -60,7 +60,7 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-Variant = tuple[Run, Callable[[], AbstractContextManager[object]]]
+Variant = tuple[Run, AbstractContextManager[object]]
 
 
 def _variants(size: str, operators: _Operators) -> dict[str, Variant]:
@@ -72,13 +72,13 @@ def _variants(size: str, operators: _Operators) -> dict[str, Variant]:
         with ledger or nullcontext():
             begun = start(model, [], settings=RunSettings(max_grad_norm=1.0), ledger=ledger)
         inside = {"plain": None, "mode": operators, "ledger": ledger}[label]
-        variants[label] = (begun, lambda inside=inside: inside or nullcontext())
+        variants[label] = (begun, inside or nullcontext())
     return variants
 
 
 def _timed(variant: Variant, window: Sequence[Any]) -> float:
     begun, context = variant
-    with context():
+    with context:
         began = time.perf_counter()
         train_step(begun, window)
         return time.perf_counter() - began
