@@ -28,14 +28,14 @@ class OptimizerState:
         self._observer = observer
         self._parked: dict[str, tuple[Place, dict[str, Any]]] = {}
 
-    def release(self, name: str, parameter: nn.Parameter, park: Place | str | None) -> None:
+    def release(self, name: str, parameter: nn.Parameter, park: Place | None) -> None:
         """Take away the state of a parameter that stops training; keep it in `park` if named."""
         state = self.optimizer.state.pop(parameter, None) if self.optimizer is not None else None
         if park is None:
             if parameter in self.projections:
                 self.projections[parameter].forget()
         elif state:
-            self._parked[name] = (Place(park), self._moved(state, park))
+            self._parked[name] = (park, self._moved(state, park))
 
     def restore(self, name: str, parameter: nn.Parameter) -> None:
         """Bring back the parked state of a parameter that trains again, if there is any."""

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
 
     from memrt.observer import Observer
 
-__all__ = ["Mover"]
+__all__ = ["Mover", "place_named"]
+
+
+def place_named(place: Place | str) -> Place:
+    """The place of this name; `ValueError` with the known ones if there is none."""
+    try:
+        return Place(place)
+    except ValueError:
+        known = ", ".join(p.value for p in Place)
+        raise ValueError(f"place={place!r} is unknown; use one of: {known}") from None
 
 
 class Mover:
@@ -32,11 +41,7 @@ class Mover:
         Host copies of CUDA tensors are pinned. Disk copies are memory-mapped files in the folder
         for temporary files (TMPDIR), which have no name and go with the tensor.
         """
-        try:
-            target = Place(place)
-        except ValueError:
-            known = ", ".join(p.value for p in Place)
-            raise ValueError(f"place={place!r} is unknown; use one of: {known}") from None
+        target = place_named(place)
         with self._observer.placing(target), torch.no_grad():
             if target is Place.DISK:
                 return self._to_disk(tensor)

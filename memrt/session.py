@@ -18,7 +18,7 @@ from memrt.head import install_head
 from memrt.observer import Observer
 from memrt.optimizer_slots import build_optimizer
 from memrt.optimizer_state import OptimizerState
-from memrt.places import Mover
+from memrt.places import Mover, place_named
 from memrt.saved import SavedTensorChain
 from memrt.strategy import Attachment, Slot, Strategy
 from memrt.structure import Facts, RunSettings, discover
@@ -132,6 +132,7 @@ class Session:
         unknown = wanted - self._trainable
         if unknown:
             raise ValueError(f"activate: {sorted(unknown)[0]!r} is not a trainable parameter")
+        place = None if park is None else place_named(park)
         for name, parameter in self.model.named_parameters():
             if name not in self._trainable:
                 continue
@@ -141,7 +142,7 @@ class Session:
             elif name not in wanted and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 parameter.grad = None
-                self._state.release(name, parameter, park)
+                self._state.release(name, parameter, place)
 
     def probe(self, count: int) -> list[Any]:
         """`count` batches of the held-out set that the user named; the loader is not advanced."""

@@ -597,8 +597,12 @@ def test_a_place_that_is_unknown_is_refused_before_anything_moves() -> None:
     run = memrt.prepare(model, [])
     micro_batch(run)
     run.step()
+    assert run.optimizer is not None
+    held = len(run.optimizer.state)
     with pytest.raises(ValueError, match="place='attic' is unknown"):
-        run.move(torch.zeros(3), "attic")
+        run.activate(["head.weight"], park="attic")
+    assert len(run.optimizer.state) == held
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_probing_without_data_is_refused() -> None:
