@@ -37,7 +37,7 @@ CONTROL = "transformers, again"
 
 DEFAULTS: dict[str, Any] = {
     "size": "0.004B",
-    "batch_size": 4,
+    "batch_size": 2,
     "sequence_length": 256,
     "steps": 14,
     "warm_up": 4,

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,10 +26,8 @@ from memrt import registry
 GIB = 2**30
 
 
-@pytest.fixture(scope="module")
-def suite(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Every part, as the command runs it, with the results by file name."""
-    folder = tmp_path_factory.mktemp("suite") / "out"
+def _run_suite(folder: Path) -> None:
+    """Every part, as the command runs it; what it printed goes beside the results."""
     done = subprocess.run(
         ["bash", "benchmarks/gpu/run.sh", str(folder), "--device", "cpu", "--scale", "tiny"],
         cwd=ROOT,
@@ -39,8 +38,15 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "stdout.txt").write_text(done.stdout, "utf-8")
+
+
+@pytest.fixture(scope="module")
+def suite(made_once: Callable[[str, Callable[[Path], None]], Path]) -> dict[str, Any]:
+    """The results of the suite by file name, and what it printed."""
+    folder = made_once("gpu-suite", _run_suite)
     files = {path.stem: json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")}
-    return {"stdout": done.stdout, **files}
+    return {"stdout": (folder / "stdout.txt").read_text("utf-8"), **files}
 
 
 def test_every_part_ends_and_writes_its_file(suite: dict[str, Any]) -> None:

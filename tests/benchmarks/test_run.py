@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,7 @@ def test_a_benchmark_says_what_it_claims_and_how_it_measures(name: str) -> None:
     assert set(found.TINY) <= set(found.DEFAULTS)
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """All of them as a user runs them, in one process."""
-    folder = tmp_path_factory.mktemp("results")
+def _run_all(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.run", "all", "--tiny", "--output", str(folder)],
         cwd=ROOT,
@@ -49,6 +47,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def results(made_once: Callable[[str, Callable[[Path], None]], Path]) -> dict[str, dict[str, Any]]:
+    """The records of all of them, as a user runs them."""
+    folder = made_once("benchmarks", _run_all)
     records = [json.loads(path.read_text("utf-8")) for path in folder.glob("*.json")]
     return {record["name"]: record for record in records}
 
