@@ -181,7 +181,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Book a tensor's storages to an account; the first tag reaches back to their birth."""
         for record in self.records_of(tensor):
             if record.account is not account:
-                self.timeline.tag(record, account)
+                self.timeline.tag(record, account, reach_back=True)
             if owner is not None:
                 record.owner = owner
             if module is not None:

@@ -111,13 +111,13 @@ class Timeline:
         record.death = len(self._events)
         self._events.append((record, False, None))
 
-    def tag(self, record: Record, account: Account) -> None:
-        """A storage belongs to an account from now on.
+    def tag(self, record: Record, account: Account, *, reach_back: bool = False) -> None:
+        """A storage belongs to an account from now on (from birth on, when it is the first tag).
 
-        Workspace is what nobody has booked, so a tag reaches back over it: to birth when it is the
-        first, to the end of the last account when the storage was given back in between.
+        Workspace is what nobody has booked: with `reach_back` the account also takes the time since
+        the storage was given back by its last one.
         """
-        if record.tags and record.tags[-1][1] is Account.WORKSPACE:
+        if reach_back and record.tags and record.tags[-1][1] is Account.WORKSPACE:
             record.tags[-1] = (record.tags[-1][0], account)
         else:
             record.tags.append((len(self._events), account))
