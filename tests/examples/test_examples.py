@@ -23,7 +23,7 @@ def _run(*command: str, cwd: Path, path: Path = ROOT) -> str:
         [sys.executable, *command],
         cwd=cwd,
         env={
-            **os.environ,
+            **{key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"},
             "PYTHONPATH": os.pathsep.join(filter(None, [str(path), str(ROOT), known])),
             "HF_HUB_OFFLINE": "1",
             "PYTHONDONTWRITEBYTECODE": "1",

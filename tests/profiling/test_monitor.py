@@ -97,7 +97,7 @@ def test_a_spike_between_samples_is_found_in_its_phase(run_with_driver: RunWithD
             before = monitor.report().series["rss_bytes"].last
             held = torch.ones(size, dtype=torch.uint8)
         with monitor.phase("spike"):
-            spike(3 * size)
+            spike(8 * size)  # well above the mark, also where cold pages were reclaimed
         del held
     answer([before, size, monitor.report().to_json()])
     """
@@ -108,22 +108,30 @@ def test_a_spike_between_samples_is_found_in_its_phase(run_with_driver: RunWithD
     assert peaks["step"] == peaks["forward"]
     assert peaks["quiet"] < before + slack
     # The spike is over before anything samples it: only the kernel's mark has seen it.
-    assert abs(peaks["spike"] - before - 4 * size) < slack
+    assert 8 * size - slack < peaks["spike"] - before < 9 * size + slack
     assert report["rss_peak_bytes"] == peaks["spike"]
     grown = report["peak_delta_bytes"]["rss_bytes"]
     assert grown == peaks["spike"] - report["baseline"]["rss_bytes"]
 
 
-def test_a_process_that_shrinks_has_grown_by_nothing() -> None:
-    held = torch.ones(64 * MIB, dtype=torch.uint8)
+def test_a_process_that_shrinks_has_grown_by_nothing(run_with_driver: RunWithDriver) -> None:
+    # In a process of its own: other tests' libraries change what malloc gives back.
+    body = """
+    import torch
+    from memrt.profiling.monitor import Monitor
+    held = torch.ones(64 * 2**20, dtype=torch.uint8)
     monitor = Monitor(device="cpu", interval_seconds=60)
     monitor.start()
     baseline = monitor.report().baseline["rss_bytes"]
     del held
     report = monitor.stop()
-    assert report.series["rss_bytes"].last < baseline - 32 * MIB
-    assert report.peak_delta_bytes["rss_bytes"] >= 0
-    assert report.rss_peak_bytes >= baseline
+    delta = report.peak_delta_bytes["rss_bytes"]
+    answer([baseline, report.series["rss_bytes"].last, delta, report.rss_peak_bytes])
+    """
+    baseline, last, delta, peak = run_with_driver(_dedent(body), driver="none")
+    assert last < baseline - 32 * MIB
+    assert delta >= 0
+    assert peak >= baseline
 
 
 def test_stopping_twice_and_starting_again() -> None:
