@@ -29,6 +29,7 @@ ENTRY_POINT_GROUP = "memrt.strategies"
 
 _BUILT_IN = {
     "activation_checkpoint": "memrt.strategies.activation_checkpoint",
+    "badam": "memrt.strategies.badam",
     "fused_loss": "memrt.strategies.fused_loss",
     "galore": "memrt.strategies.galore",
     "int8_states": "memrt.strategies.int8_states",

@@ -35,6 +35,7 @@ __all__ = [
 
 SPECS: dict[str, str] = {
     "activation_checkpoint": "activation_checkpoint",
+    "badam": "badam(every=2)",
     "fused_loss": "fused_loss(chunk_tokens=8)",
     "galore": "galore(rank=4, every=3)",
     "int8_states": "int8_states",
@@ -49,6 +50,7 @@ STACKS: list[list[str]] = [
     ["galore", "int8_states"],
     ["galore", "activation_checkpoint"],
     ["galore", "lisa"],
+    ["badam", "int8_states", "activation_checkpoint"],
     ["activation_checkpoint", "offload_activations", "lisa", "int8_states"],
 ]
 """Stacks that must train on every family; each also with `fused_loss` where there is a head."""

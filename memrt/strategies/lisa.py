@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+from memrt.active_set import RotatingSet, check_rotation, trainable_by_layer
 from memrt.profiling.accounts import Account
 from memrt.registry import register
-from memrt.strategy import EVERYTHING, Attachment, Claim, Phase, Promise, Slot, Strategy
+from memrt.strategy import Attachment, Claim, Phase, Promise, Slot, Strategy
 
 if TYPE_CHECKING:
     from memrt.session import Session
     from memrt.structure import Facts
 
 __all__ = ["Lisa"]
-
-PARKED = ("no", "host", "disk")
 
 
 @register
@@ -53,14 +52,11 @@ class Lisa(Strategy):
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for option in ("layers", "every"):
-            value = getattr(self, option)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{option}={value!r}: must be a whole number, 1 or more")
+        if not isinstance(self.layers, int) or isinstance(self.layers, bool) or self.layers < 1:
+            raise ValueError(f"layers={self.layers!r}: must be a whole number, 1 or more")
+        check_rotation(every=self.every, parked=self.parked)
         if not isinstance(self.embeddings, bool):
             raise ValueError(f"embeddings={self.embeddings!r}: must be True or False")
-        if self.parked not in PARKED:
-            raise ValueError(f"parked={self.parked!r}: use one of {', '.join(PARKED)}")
 
     @property
     def uniform_layers(self) -> bool:
@@ -71,7 +67,7 @@ class Lisa(Strategy):
         """Needs enough repeated layers with trainable parameters."""
         if not facts.structure.layer_names:
             raise ValueError(f"{type(facts.model).__name__} has no list of repeated layers to draw")
-        count = len(_trainable_by_layer(facts)[0])
+        count = len(trainable_by_layer(facts)[0])
         if self.layers > count:
             raise ValueError(
                 f"layers={self.layers} is more than the {count} layers of this model that have "
@@ -80,55 +76,25 @@ class Lisa(Strategy):
 
     def claims(self, facts: Facts) -> list[Claim]:
         """What trains."""
-        return [Claim(slot=Slot.ACTIVE_SET, scope=EVERYTHING)]
+        return [Claim(slot=Slot.ACTIVE_SET)]
 
     def attach(self, run: Session) -> Attachment:
         """The optimizer is built over all parameters; the first draw comes before step 0."""
-        return _Draws(self, run)
+        layers, outside = trainable_by_layer(run.facts)
+        return _Draws(
+            self,
+            run,
+            blocks=list(layers.values()),
+            every=self.every,
+            parked=self.parked,
+            always=outside if self.embeddings else [],
+        )
 
 
-def _trainable_by_layer(facts: Facts) -> tuple[dict[str, list[str]], list[str]]:
-    """Names of the trainable parameters of every layer that has some, and of those outside."""
-    layers: dict[str, list[str]] = {}
-    outside: list[str] = []
-    for name, _ in facts.parameters():
-        layer = facts.structure.layer_of(name)
-        (outside if layer is None else layers.setdefault(layer, [])).append(name)
-    return layers, outside
-
-
-class _Draws(Attachment):
+class _Draws(RotatingSet):
     settings: Lisa
-
-    def __init__(self, settings: Lisa, run: Session) -> None:
-        super().__init__(settings, run)
-        layers, self._outside = _trainable_by_layer(run.facts)
-        self._layers = list(layers.values())
-        self.active: list[int] = []
-
-    def before_step(self, step: int) -> None:
-        """Draw at the start of every interval."""
-        if step % self.settings.every == 0:
-            self._activate(self._draw(step // self.settings.every))
 
     def _draw(self, interval: int) -> list[int]:
         """Layers of an interval: a function of seed and interval, equal on every rank."""
         generator = random.Random(f"{self.settings.seed}:{interval}")
-        return sorted(generator.sample(range(len(self._layers)), self.settings.layers))
-
-    def _activate(self, active: list[int]) -> None:
-        self.active = active
-        names = [name for index in active for name in self._layers[index]]
-        if self.settings.embeddings:
-            names += self._outside
-        parked = self.settings.parked
-        self.run.activate(names, park=None if parked == "no" else parked)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The active layers, counted among those that have trainable parameters."""
-        return {"active": list(self.active)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on in the middle of an interval."""
-        if state["active"]:
-            self._activate([int(index) for index in state["active"]])
+        return sorted(generator.sample(range(len(self._blocks)), self.settings.layers))

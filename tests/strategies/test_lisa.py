@@ -6,14 +6,14 @@ import copy
 import io
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import memrt
 from memrt.errors import ConflictError
@@ -22,66 +22,22 @@ from memrt.profiling.ledger import Ledger
 from memrt.runner import model_loss
 from memrt.session import Session
 from tests import trainer_runs
+from tests.strategies.active_runs import (
+    LAYERS,
+    OUTSIDE,
+    active_of,
+    ideal_bytes,
+    names_of,
+    state_bytes,
+    steps_of,
+    train,
+    weights,
+)
 from tests.strategies.runs import assert_equal, batch_of, model_of, states
-
-LAYERS = 4
-OUTSIDE = {
-    "llama": {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"},
-    "gpt2": {
-        "transformer.wte.weight",  # the head's too
-        "transformer.wpe.weight",
-        "transformer.ln_f.weight",
-        "transformer.ln_f.bias",
-    },
-    "plain": {"embedding.weight", "head.weight", "head.bias"},
-}
-PREFIX = {"llama": "model.layers.", "gpt2": "transformer.h.", "plain": "layers."}
-
-
-def steps_of(
-    run: Session, family: str, *, first: int = 0, count: int, micro_batches: int = 1
-) -> Iterator[int]:
-    """Train; yields after every optimizer step. Batches and dropout depend on the step alone."""
-    for step in range(first, first + count):
-        torch.manual_seed(500 + step)
-        for index in range(micro_batches):
-            with run.micro_batch(last=index == micro_batches - 1):
-                run.backward(model_loss(run.model, batch_of(family, seed=10 * step + index)))
-        run.step()
-        yield step
-
-
-def train(run: Session, family: str, *, first: int = 0, count: int, **options: int) -> None:
-    for _ in steps_of(run, family, first=first, count=count, **options):
-        pass
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def drawn(run: Session) -> list[int]:
-    active: list[int] = next(a for a in run.attachments if a.name == "lisa").active  # type: ignore[attr-defined]
-    return active
-
-
-def names_of(model: nn.Module, family: str, layers: list[int]) -> set[str]:
-    prefixes = tuple(f"{PREFIX[family]}{layer}." for layer in layers)
-    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )
-
-
-def ideal_bytes(model: nn.Module, names: set[str]) -> int:
-    """8 bytes an element for two moments, and a step counter of 4 bytes for every tensor."""
-    return sum(8 * p.numel() + 4 for name, p in model.named_parameters() if name in names)
+    return active_of(run, "lisa")
 
 
 # ---------------------------------------------------------------- all layers
@@ -182,22 +138,6 @@ def test_the_gradient_norm_is_that_of_what_trains() -> None:
 
 
 # ---------------------------------------------------------------- optimizer state
-
-
-@pytest.mark.parametrize("parked", ["no", "host"])
-def test_over_300_steps_the_state_is_never_more_than_what_trains(parked: str) -> None:
-    """Peers never free it: after ten intervals they hold the state of every layer."""
-    model = model_of("plain")
-    run = memrt.prepare(model, [f"lisa(layers=1, every=3, parked={parked!r})"])
-    assert run.optimizer is not None
-    ever: set[int] = set()
-    for step in steps_of(run, "plain", count=300):
-        active = names_of(model, "plain", drawn(run)) | OUTSIDE["plain"]
-        assert state_bytes(run.optimizer) <= ideal_bytes(model, active)
-        ever.update(drawn(run))
-        if step == 299:
-            assert state_bytes(run.optimizer) == pytest.approx(ideal_bytes(model, active), rel=0.01)
-    assert ever == set(range(LAYERS))
 
 
 def test_a_layer_whose_state_was_freed_begins_anew() -> None:
