@@ -43,8 +43,8 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
     memory_report: bool = field(
         default=False,
         metadata={
-            "help": "Count every storage of the first 3 optimizer steps and write "
-            "<output_dir>/memrt/report.json. Those steps run slower."
+            "help": "Count every storage of the first 3 optimizer steps, which run slower, watch "
+            "the rest (allocator, NVML, RSS), and write <output_dir>/memrt/report.md and .json."
         },
     )
     stop_on_nonfinite: bool = field(

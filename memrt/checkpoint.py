@@ -140,11 +140,16 @@ def staged(
         ) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write so that `path` holds the old text or the whole new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that `path` holds the old text or the whole new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 # -------------------------------------------------------------------- the strategies' state

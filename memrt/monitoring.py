@@ -36,13 +36,13 @@ class PhaseMarks:
     def begin_steps(self, run: Run) -> None:
         """Follow the run's steps from now on."""
         assert run.session.optimizer is not None
-        run.session.optimizer.register_step_pre_hook(lambda *_: self._enter("step"))
+        run.session.optimizer.register_step_pre_hook(lambda *_: self.enter("step"))
         loss_of = run.loss_of
 
         def watched(model: nn.Module, batch: Batch) -> Tensor:
-            self._enter("forward")
+            self.enter("forward")
             loss = loss_of(model, batch)
-            self._enter("backward")
+            self.enter("backward")
             return loss
 
         run.loss_of = watched
@@ -50,9 +50,10 @@ class PhaseMarks:
 
     def end_step(self) -> None:
         """An optimizer step is over."""
-        self._enter(None)
+        self.enter(None)
 
-    def _enter(self, name: str | None) -> None:
+    def enter(self, name: str | None) -> None:
+        """Go from the phase of now to another; None ends it."""
         if name == self._open:
             return
         if self._open is not None:

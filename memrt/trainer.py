@@ -18,9 +18,9 @@ import transformers
 from torch import Tensor, nn
 
 from memrt import registry
-from memrt.checkpoint import CheckpointMixin, recover
+from memrt.checkpoint import recover
 from memrt.errors import ConflictError, NonFiniteLossError
-from memrt.first_steps import FirstSteps
+from memrt.memory_report import MemoryReport, ReportMixin
 from memrt.session import Session
 from memrt.structure import RunSettings
 
@@ -46,14 +46,15 @@ class _Steps(transformers.TrainerCallback):  # type: ignore[misc]
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._trainer._begin_step()
 
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if self._trainer._report is not None:
+            self._trainer._report.begin_update()
+
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._trainer._end_step()
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        self._trainer._end_counting()
 
-
-class MemoryMixin(CheckpointMixin):
+class MemoryMixin(ReportMixin):
     """Put it before a Trainer class: `class T(MemoryMixin, SomeTrainer)`.
 
     Takes `strategies` (names such as `"lisa(layers=2)"`, JSON, or Strategy objects) unless the
@@ -76,7 +77,6 @@ class MemoryMixin(CheckpointMixin):
         **kwargs: Any,
     ) -> None:
         self._built: torch.optim.Optimizer | None = None
-        self._first_steps: FirstSteps | None = None
         super().__init__(*args, **kwargs)
         in_arguments = getattr(self.args, "strategies", [])
         if strategies and in_arguments:
@@ -101,7 +101,7 @@ class MemoryMixin(CheckpointMixin):
 
     def _attach(self) -> None:
         """A session over the model of now; refuses before anything is touched."""
-        first_steps = FirstSteps(device=self.args.device) if self._report_is_due else None
+        report = MemoryReport(device=self.args.device) if self._report_is_due else None
         settings = self._run_settings()
         model = self._bare_model()
         unwrap_mixed_precision(model)  # an earlier Trainer's would hide a forward of a strategy's
@@ -109,18 +109,14 @@ class MemoryMixin(CheckpointMixin):
             model,
             self._strategies,
             settings=settings,
-            ledger=None if first_steps is None else first_steps.ledger,
+            ledger=None if report is None else report.ledger,
             probe_batches=None if self._probe_dataset is None else self._probe_batches,
         )
         if session.rules() and settings.optimizer != "adamw":
             problem = _optimizer_conflict(settings.optimizer, session)
             session.detach()
             raise problem
-        self.session, self._first_steps = session, first_steps
-
-    def _bare_model(self) -> nn.Module:
-        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return model
+        self.session, self._report = session, report
 
     def _run_settings(self) -> RunSettings:
         args = self.args
@@ -184,8 +180,7 @@ class MemoryMixin(CheckpointMixin):
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
-            if self._first_steps is not None:
-                self._first_steps.abandon()
+            self._end_report()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """The strategies' optimizer over transformers' decay groups, or transformers' own."""
@@ -221,35 +216,21 @@ class MemoryMixin(CheckpointMixin):
         assert self.session is not None
         self.session.abandon_step()
         self._adopt(self.session)  # a subclass may make its optimizer in another way
+        if self._report is not None:
+            self._report.begin_training()
 
     def _begin_step(self) -> None:
         assert self.session is not None
-        if self._first_steps is not None:
-            self._first_steps.begin()
+        if self._report is not None:
+            self._report.begin_step()
         self.session.begin_step()
 
     def _end_step(self) -> None:
         assert self.session is not None
         self.session.end_step()
-        if self._first_steps is not None and self._first_steps.end():
-            self._end_counting()
-
-    def _end_counting(self) -> None:
-        counted = self._first_steps
-        if counted is None or not counted.num_counted:
-            return
-        assert self.session is not None
-        self._first_steps, self._report_is_due = None, False
-        self.session.drop_ledger()
-        if self.is_world_process_zero():
-            counted.write(
-                Path(self.args.output_dir) / "memrt" / "report.json",
-                model=self._bare_model(),
-                strategies=[str(strategy) for strategy in self._strategies],
-                per_device_train_batch_size=self._train_batch_size,
-                gradient_accumulation_steps=self.args.gradient_accumulation_steps,
-                mixed_precision=self.accelerator.mixed_precision,
-            )
+        if self._report is not None and self._report.end_step():
+            self.session.drop_ledger()
+            self._write_report(self._report)  # now, for who looks while the run goes on
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None

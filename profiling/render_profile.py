@@ -17,7 +17,7 @@ from memrt.profiling.render_sections import (
 )
 from memrt.profiling.report import format_bytes
 
-__all__ = ["profile_sections"]
+__all__ = ["driver_section", "profile_sections"]
 
 Report = Mapping[str, Any]
 
@@ -29,7 +29,7 @@ def profile_sections(report: Report) -> list[Section]:
     return [
         _accounts(report),
         _phases(report),
-        _driver(report) if report["monitor"]["at_peak"] else _host(report),
+        driver_section(report) if report["monitor"]["at_peak"] else _host(report),
         _speed(report),
         places_section(report),
         device_section(report),
@@ -119,7 +119,7 @@ def _phases(report: Report) -> Section:
     return Section(title=f"Peak of every phase ({table.unit})", table=table)
 
 
-def _driver(report: Report) -> Section:
+def driver_section(report: Report) -> Section:
     """Lines that sum to what nvidia-smi shows."""
     split = report["monitor"]["at_peak"]
     counted = report["peak_bytes"]

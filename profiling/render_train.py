@@ -7,6 +7,7 @@ from typing import Any
 
 from memrt.profiling.accounts import Account
 from memrt.profiling.render import Column, Section
+from memrt.profiling.render_profile import driver_section
 from memrt.profiling.render_sections import (
     account_title,
     bytes_table,
@@ -27,8 +28,12 @@ def train_sections(report: Report) -> list[Section]:
     found = [_result(report)]
     if report["predicted"] is not None or report["peak_bytes"] is not None:
         found.append(_memory(report))
+    monitor = report["monitor"]
+    if monitor is not None and monitor["at_peak"] and report["peak_bytes"] is not None:
+        found.append(driver_section(report))
     found.append(_losses(report))
-    found.append(_data(report["data"]))
+    if report["data"] is not None:
+        found.append(_data(report["data"]))
     if report["peak_bytes"] is not None:
         found.append(top_section(report))
     found.append(conditions_section(report["conditions"]))
@@ -79,17 +84,23 @@ def _memory(report: Report) -> Section:
         columns.append(Column(title="counted", kind="bytes"))
         _append(rows, [accounts[a.value] for a in Account], report["peak_bytes"])
     monitor = report["monitor"] or {}
-    for title, value in (
-        ("allocator", (monitor.get("allocator") or {}).get("allocated_peak_bytes")),
-        ("NVML", monitor.get("process_peak_bytes")),
-        ("RSS", monitor.get("rss_peak_bytes")),
+    missing = []
+    for title, value, reason in (
+        ("allocator", (monitor.get("allocator") or {}).get("allocated_peak_bytes"), "allocator"),
+        ("NVML", monitor.get("process_peak_bytes"), "nvml"),
+        ("RSS", monitor.get("rss_peak_bytes"), ""),
     ):
         if value is not None:
             columns.append(Column(title=title, kind="bytes"))
             _append(rows, [None] * len(Account), value)
+        elif monitor:
+            missing.append(f"{title}: not available: {monitor['unavailable'].get(reason)}.")
     table = bytes_table(columns, rows)
     return Section(
-        title=f"Memory ({table.unit})", before=[_sources(report)], table=table, after=_gaps(report)
+        title=f"Memory ({table.unit})",
+        before=[_sources(report)],
+        table=table,
+        after=[*missing, *_gaps(report)],
     )
 
 
@@ -113,7 +124,8 @@ def _sources(report: Report) -> str:
             f"Counted: the ledger over the first {report['num_counted_steps']} optimizer steps; "
             f"the peak comes in {region['phase']}{where}."
         )
-    parts.append("RSS is all of this process: Python, libraries, data, and the run.")
+    if report["monitor"] is not None:
+        parts.append("RSS is all of this process: Python, libraries, data, and the run.")
     return " ".join(parts)
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from memrt.errors import NonFiniteLossError
 from tests.contract import SPECS
 from tests.trainer_runs import (
     assert_equal,
+    examples,
     history,
     run,
     trainer_of,
@@ -44,8 +47,65 @@ def test_the_memory_report_counts_three_steps_and_changes_none(tmp_path: Path) -
     assert max(report["phases"].values()) == report["peak_bytes"]
     assert sum(report["owners"].values()) == report["peak_bytes"]
     assert 0 < len(report["top_allocations"]) <= 10
-    assert report["conditions"]["num_steps"] == 3
+    assert report["num_counted_steps"] == 3
     assert report["conditions"]["strategies"] == []
+
+
+def test_the_monitor_watches_the_steps_after_the_counted_ones(tmp_path: Path) -> None:
+    trainer = run(
+        tmp_path,
+        memory_report=True,
+        max_steps=6,
+        gradient_accumulation_steps=2,
+        save_strategy="steps",
+        save_steps=5,
+        eval_strategy="steps",
+        eval_steps=4,
+        options={"eval_dataset": examples("llama", count=4)},
+    )
+    report = json.loads((tmp_path / "memrt/report.json").read_text())
+    phases = report["monitor"]["phases"]
+    times = {name: phase["num_times"] for name, phase in phases.items()}
+    assert times == {
+        "counted": 3,
+        "forward": 3 * 2,
+        "backward": 3 * 2,
+        "step": 3,
+        "evaluate": 2,  # step 4, and the last
+        "save": 2,  # step 5, and the last
+    }
+    assert all(phase["rss_peak_bytes"] > 2**20 for phase in phases.values())
+    assert "threads" in report["conditions"]  # hardware and versions, as in every report
+    logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert [each["loss"] for each in report["losses"]] == logged
+    evaluated = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert [each["loss"] for each in report["evaluation_losses"]] == evaluated
+    page = (tmp_path / "memrt/report.md").read_text("utf-8")
+    assert "NVML: not available: " in page
+    assert "| peak" in page
+    assert not [t for t in threading.enumerate() if t.name == "memrt-monitor"]
+
+
+def test_the_report_is_there_while_the_run_goes_on(tmp_path: Path) -> None:
+    found: list[int] = []
+
+    class Look(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            path = tmp_path / "memrt/report.json"
+            found.append(json.loads(path.read_text())["steps"] if path.exists() else 0)
+
+    trainer_of(tmp_path, memory_report=True, max_steps=5, options={"callbacks": [Look()]}).train()
+    assert found == [0, 0, 0, 3, 3]
+    assert json.loads((tmp_path / "memrt/report.json").read_text())["steps"] == 5
+
+
+def test_a_folder_that_takes_no_report_costs_the_report_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "memrt").write_text("a file where the folder would be")
+    trainer = run(tmp_path, memory_report=True, max_steps=4, save_strategy="no")
+    assert trainer.state.global_step == 4
+    assert f"the memory report was not written to {tmp_path / 'memrt'}" in caplog.text
 
 
 def test_the_memory_report_shows_what_a_strategy_saves(tmp_path: Path) -> None:
@@ -53,7 +113,7 @@ def test_the_memory_report_shows_what_a_strategy_saves(tmp_path: Path) -> None:
     for spec in (SPECS["galore"], LISA):
         run(tmp_path / spec, memory_report=True, strategies=[spec], max_steps=2)
         reports[spec] = json.loads((tmp_path / spec / "memrt/report.json").read_text())
-        assert reports[spec]["conditions"]["num_steps"] == 2  # ended before the third
+        assert reports[spec]["num_counted_steps"] == 2  # ended before the third
     full = 2 * 4 * reports[LISA]["conditions"]["num_parameters"]
     assert all(report["accounts"]["optimizer"] < full for report in reports.values())
 
@@ -63,3 +123,4 @@ def test_counting_ends_with_an_exception(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError):
         trainer.train()
     assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    assert not [t for t in threading.enumerate() if t.name == "memrt-monitor"]

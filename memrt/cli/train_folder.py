@@ -23,7 +23,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
-from memrt.checkpoint import check_state, recover, write_json
+from memrt.checkpoint import check_state, recover, write_json, write_text
 from memrt.cli.train_config import TrainConfig
 from memrt.cli.train_keys import keys
 
@@ -163,13 +163,6 @@ class RunFolder:
         for file in sorted(made.iterdir(), key=lambda file: file.name == _MODEL):
             os.replace(file, self.path / file.name)
         made.rmdir()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write so that `path` holds the old text or the whole new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _held(path: Path) -> str:

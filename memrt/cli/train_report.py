@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memrt.checkpoint import write_json
-from memrt.cli.train_folder import write_text
+from memrt.checkpoint import write_json, write_text
 from memrt.cli.train_plan import TORCH_ADAMW
 from memrt.profiling.render import print_report, to_markdown
 from memrt.profiling.report import conditions
@@ -19,29 +17,22 @@ if TYPE_CHECKING:
     from memrt.cli.train_model import TrainedModel
     from memrt.data import PreparedData
 
-__all__ = ["COUNTED", "conditions_of", "deliver", "losses_of", "read_counted"]
+__all__ = ["COUNTED", "conditions_of", "deliver", "read_counted"]
 
-COUNTED = ("peak_bytes", "accounts", "places", "owners", "region", "phases", "top_allocations")
-"""What the ledger tells about the first steps; None where it did not run."""
+COUNTED = (
+    *("peak_bytes", "accounts", "places", "owners", "region", "phases", "top_allocations"),
+    *("num_counted_steps", "monitor"),
+)
+"""What the Trainer's memory report tells; None where there is none."""
 
 
 def read_counted(folder: Path) -> dict[str, Any]:
-    """What the Trainer's ledger wrote, or a run that this one goes on with."""
+    """What the Trainer's memory report says, or that of a run that this one goes on with."""
     try:
         found = json.loads((folder / "memrt" / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = {}
-    steps = found.get("num_counted_steps", found.get("conditions", {}).get("num_steps"))
-    return {**{name: found.get(name) for name in COUNTED}, "num_counted_steps": steps}
-
-
-def losses_of(history: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """`loss` or `eval_loss` of every log with its step; None where it was not finite."""
-    return [
-        {"step": log["step"], "loss": log[name] if math.isfinite(log[name]) else None}
-        for log in history
-        if name in log
-    ]
+    return {name: found.get(name) for name in COUNTED}
 
 
 def conditions_of(

@@ -18,11 +18,10 @@ from memrt.cli.train_console import ConsoleCallback, Intervals, Speed
 from memrt.cli.train_folder import RunFolder
 from memrt.cli.train_model import TrainedModel, tokenizer_for
 from memrt.cli.train_plan import predict
-from memrt.cli.train_report import conditions_of, deliver, losses_of, read_counted
+from memrt.cli.train_report import conditions_of, deliver, read_counted
 from memrt.data import Collator, load_examples
 from memrt.data_files import require_file
-from memrt.first_steps import NUM_STEPS
-from memrt.profiling.monitor import Monitor
+from memrt.memory_report import NUM_STEPS, losses_of
 from memrt.profiling.render_train import peak_line
 from memrt.profiling.report import SCHEMA
 from memrt.trainer import Trainer
@@ -122,21 +121,20 @@ class TrainRun:
             self.settings, self._model, self._data, tokenizer=self._tokenizer_name, trainer=trainer
         )
         checkpoint = folder.checkpoint
-        with Monitor(device=self.settings.arguments.device) as monitor:
-            if checkpoint is not None and _steps_left(trainer, checkpoint) <= 0:
-                _say(f"{checkpoint} is the last step; nothing is left to train")
-                self._load_finished(trainer, checkpoint)
-            else:
-                try:
-                    trainer.train(
-                        resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-                    )
-                finally:
-                    console.close()
-            self._evaluate(trainer)
+        if checkpoint is not None and _steps_left(trainer, checkpoint) <= 0:
+            _say(f"{checkpoint} is the last step; nothing is left to train")
+            self._load_finished(trainer, checkpoint)
+        else:
+            try:
+                trainer.train(
+                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                )
+            finally:
+                console.close()
+        self._evaluate(trainer)
         conditions["steps"] = trainer.state.max_steps
         report = {
-            **self._report(trainer, speed, monitor, folder),
+            **self._report(trainer, speed, folder),
             "conditions": conditions,
         }
         folder.publish_model(lambda made: export_run(trainer, made))
@@ -161,9 +159,7 @@ class TrainRun:
         if not is_last or self.settings.arguments.load_best_model_at_end:
             trainer.evaluate()
 
-    def _report(
-        self, trainer: Trainer, speed: Speed, monitor: Monitor, folder: RunFolder
-    ) -> dict[str, Any]:
+    def _report(self, trainer: Trainer, speed: Speed, folder: RunFolder) -> dict[str, Any]:
         losses = losses_of(trainer.state.log_history, "loss")
         evaluations = losses_of(trainer.state.log_history, "eval_loss")
         return {
@@ -171,7 +167,6 @@ class TrainRun:
             "kind": "train",
             **read_counted(folder.path),
             "predicted": self._predicted,
-            "monitor": monitor.report().to_json(),
             "tokens_per_second": speed.tokens_per_second,
             "loss": losses[-1]["loss"] if losses else None,
             "losses": losses,

@@ -1,0 +1,226 @@
+"""The Trainer's memory report: a ledger over the first optimizer steps, then a light monitor.
+
+`<output_dir>/memrt/report.json` and `report.md` are written when the ledger leaves, and again, with
+what the monitor saw and the losses, when training ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memrt.checkpoint import CheckpointMixin, write_json, write_text
+from memrt.monitoring import PhaseMarks
+from memrt.profiling.ledger import Ledger
+from memrt.profiling.monitor import Monitor
+from memrt.profiling.render import to_markdown
+from memrt.profiling.report import SCHEMA, conditions, timeline_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from torch import nn
+
+__all__ = ["NUM_STEPS", "MemoryReport", "ReportMixin", "losses_of"]
+
+NUM_STEPS = 3
+"""The first step makes the optimizer's state, the second is the first that holds all, and a third
+shows whether bytes still grow."""
+
+logger = logging.getLogger(__name__)
+
+
+class MemoryReport:
+    """What a run takes: counted for `NUM_STEPS` optimizer steps, watched until it ends.
+
+    The ledger is entered while a step runs: between steps (logging, evaluation, saving) nothing is
+    counted. The monitor watches all of it, and tells forward, backward and step apart once the
+    ledger is gone. Clipping falls into backward.
+    """
+
+    def __init__(self, *, device: torch.device) -> None:
+        self.ledger = Ledger(device_type=device.type)
+        self.num_counted = 0
+        self._device = device
+        self._monitor = Monitor(device=device)
+        self._marks = PhaseMarks(self._monitor)
+        self._counting = ExitStack()
+        self._watches = self._in_step = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether the next step is one to count."""
+        return self.num_counted < NUM_STEPS
+
+    def begin_training(self) -> None:
+        """Take the monitor's baseline."""
+        if not self._watches:
+            self._monitor.start()
+            self._watches = True
+
+    def begin_step(self) -> None:
+        """An optimizer step begins."""
+        self._in_step = True
+        if self.counts:
+            self._marks.enter("counted")
+            self._counting.enter_context(self.ledger)
+
+    def end_step(self) -> bool:
+        """An optimizer step is over; whether it was the last one to count."""
+        self._in_step = False
+        self._counting.close()
+        self._marks.enter(None)
+        if not self.counts:
+            return False
+        self.num_counted += 1
+        return not self.counts
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Forward and loss of a micro-batch; what follows is its backward."""
+        watched = self._in_step and not self.counts
+        if watched:
+            self._marks.enter("forward")
+        yield
+        if watched:
+            self._marks.enter("backward")
+
+    def begin_update(self) -> None:
+        """The optimizer's own step begins."""
+        if self._in_step and not self.counts:
+            self._marks.enter("step")
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What a Trainer does between two steps."""
+        if not self._watches or self._in_step:
+            yield
+            return
+        with self._marks.phase(name):
+            yield
+
+    def close(self) -> None:
+        """Leave ledger and monitor, which would otherwise go on after an exception."""
+        self._counting.close()
+        self._in_step = False
+        if self._watches:
+            self._marks.enter(None)
+            self._monitor.stop()
+            self._watches = False
+
+    def write(self, folder: Path, *, history: list[dict[str, Any]], **settings: Any) -> None:
+        """Write what is known now; a folder that takes no files costs the report, not the run."""
+        report = self.to_json(history=history, **settings)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "report.md", to_markdown(report))
+            write_json(folder / "report.json", report)
+        except OSError as error:
+            logger.warning("the memory report was not written to %s: %s", folder, error)
+
+    def to_json(
+        self,
+        *,
+        history: list[dict[str, Any]],
+        steps: int,
+        output: str,
+        strategies: list[str],
+        **settings: Any,
+    ) -> dict[str, Any]:
+        """The report of kind `train`; `history` is the Trainer's log."""
+        losses, evaluations = losses_of(history, "loss"), losses_of(history, "eval_loss")
+        return {
+            "schema": SCHEMA,
+            "kind": "train",
+            **timeline_json(self.ledger.timeline),
+            "num_counted_steps": self.num_counted,
+            "predicted": None,
+            "monitor": self._monitor.report().to_json(),
+            "tokens_per_second": None,
+            "loss": losses[-1]["loss"] if losses else None,
+            "losses": losses,
+            "evaluation_loss": evaluations[-1]["loss"] if evaluations else None,
+            "evaluation_losses": evaluations,
+            "steps": steps,
+            "resumed_from": None,
+            "output": output,
+            "data": None,
+            "conditions": conditions(
+                settings=settings, strategies=strategies, device=str(self._device)
+            ),
+        }
+
+
+def losses_of(history: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """`loss` or `eval_loss` of every log with its step; None where it was not finite."""
+    return [
+        {"step": log["step"], "loss": log[name] if math.isfinite(log[name]) else None}
+        for log in history
+        if name in log
+    ]
+
+
+class ReportMixin(CheckpointMixin):
+    """Tells a memory report what a Trainer is doing."""
+
+    model: nn.Module
+    _report: MemoryReport | None = None
+    _report_is_due = False
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `compute_loss`, which is the forward of a micro-batch."""
+        if self._report is None:
+            return super().compute_loss(*args, **kwargs)
+        with self._report.forward():
+            return super().compute_loss(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `evaluate`, a phase of the report."""
+        if self._report is None:
+            return super().evaluate(*args, **kwargs)
+        with self._report.phase("evaluate"):
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        if self._report is None:
+            super()._save_checkpoint(*args, **kwargs)
+            return
+        with self._report.phase("save"):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _end_report(self) -> None:
+        """However training ended: a report of another attempt has nothing to begin with."""
+        report = self._report
+        if report is None:
+            return
+        report.close()
+        if report.num_counted:
+            assert self.session is not None
+            self.session.drop_ledger()
+            self._write_report(report)
+            self._report, self._report_is_due = None, False
+
+    def _write_report(self, report: MemoryReport) -> None:
+        if not self.is_world_process_zero():
+            return
+        model, args = self._bare_model(), self.args
+        report.write(
+            Path(args.output_dir) / "memrt",
+            history=self.state.log_history,
+            steps=self.state.global_step,
+            output=str(args.output_dir),
+            strategies=[str(strategy) for strategy in self._strategies],
+            model=type(model).__name__,
+            num_parameters=sum(p.numel() for p in model.parameters()),
+            batch_size=self._train_batch_size,
+            accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=self.accelerator.mixed_precision,
+        )
+
+    def _bare_model(self) -> nn.Module:
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model
