@@ -32,10 +32,10 @@ def prepare(
     model: nn.Module,
     strategies: Sequence[str | Strategy | Mapping[str, Any]] = (),
     *,
-    lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    lr: float | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
     max_grad_norm: float = 0.0,
     accumulation_steps: int = 0,
     seed: int = 42,
@@ -45,14 +45,24 @@ def prepare(
 ) -> Session:
     """Attach strategies to any `nn.Module` for a plain loop, with AdamW as the update rule.
 
-    `accumulation_steps=0` says that the loop decides window by window. `optimizer` replaces the
-    built one and is refused when a strategy brings a part of the optimizer.
+    AdamW's settings are torch's, but for a `weight_decay` of 0: `lr=1e-3, betas=(0.9, 0.999),
+    eps=1e-8`. `accumulation_steps=0` says that the loop decides window by window. `optimizer`
+    replaces the built one: it is refused together with settings of AdamW, which it would not heed,
+    and when a strategy brings a part of the optimizer.
     """
+    given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    named = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if optimizer is not None and named:
+        raise ValueError(
+            f"{', '.join(named)} would have no effect on optimizer={type(optimizer).__name__}; set "
+            "them in that optimizer, or leave it out"
+        )
+    decay = 0.0 if weight_decay is None else weight_decay
     settings = RunSettings(
-        learning_rate=lr,
-        betas=betas,
-        epsilon=eps,
-        weight_decay=weight_decay,
+        learning_rate=1e-3 if lr is None else lr,
+        betas=betas or (0.9, 0.999),
+        epsilon=1e-8 if eps is None else eps,
+        weight_decay=decay,
         max_grad_norm=max_grad_norm,
         accumulation_steps=accumulation_steps,
         optimizer="adamw" if optimizer is None else type(optimizer).__name__,
@@ -66,7 +76,7 @@ def prepare(
         probe_batches=probe_batches,
     )
     try:
-        run.adopt_optimizer(_optimizer(run, optimizer, weight_decay))
+        run.adopt_optimizer(_optimizer(run, optimizer, decay))
     except BaseException:
         run.detach()
         raise

@@ -374,6 +374,17 @@ class _BringsAPart(Attachment):
         return [Rule(slot=Slot.STATE_FORMAT, match=lambda n, p: True, build=lambda n, p: "float32")]
 
 
+def test_settings_of_adamw_beside_an_optimizer_are_refused() -> None:
+    model = PlainModel()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"lr=0.5, eps=1e-06 would have no effect on optim"):
+        memrt.prepare(model, optimizer=optimizer, lr=0.5, eps=1e-6)
+    run = memrt.prepare(model, lr=0.5, betas=(0.5, 0.6), weight_decay=0.25)
+    (group,) = run.optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.5, 0.6), 0.25)
+    assert group["eps"] == 1e-8
+
+
 def test_an_optimizer_beside_strategies_that_bring_parts_is_refused_and_undone() -> None:
     model = PlainModel()
     before = _everything(model)
