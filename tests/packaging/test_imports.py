@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("memrt.kernels",),
     ("memrt.optimizers",),
     (  # the protocol, and what strategies and sessions are made of
+        "memrt.active_set",
         "memrt.compose",
         "memrt.errors",
         "memrt.gradients",
