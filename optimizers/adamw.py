@@ -21,7 +21,7 @@ Source: Loshchilov and Hutter, arXiv 1711.05101.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -67,6 +67,7 @@ class AdamW(torch.optim.Optimizer):
         self._formats: dict[str, StateFormat] = {
             name: kind() for name, kind in STATE_FORMATS.items()
         }
+        self._group_index: dict[nn.Parameter, int] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -92,6 +93,8 @@ class AdamW(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        index = len(self.param_groups) - 1
+        self._group_index |= dict.fromkeys(self.param_groups[index]["params"], index)
 
     # ---------------------------------------------------------------- the step
 
@@ -103,20 +106,33 @@ class AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            settings = _settings_of(group)
-            dense: dict[str, list[Update]] = {}
-            for parameter in group["params"]:
-                projection = self._projections.get(parameter)
-                if projection is not None:
-                    self._step_projected(parameter, projection, group, settings)
-                elif parameter.grad is not None:
-                    form = self._format_of(group, parameter.shape)
-                    state = self._state_of(parameter, form, parameter.shape)
-                    update = Update(parameter, _dense(parameter.grad), state)
-                    dense.setdefault(form.name, []).append(update)
-            for name, updates in dense.items():
-                self._formats[name].adamw(updates, settings)
+            self._step_some(group, group["params"])
         return loss
+
+    @torch.no_grad()
+    def step_parameters(self, parameters: Iterable[nn.Parameter]) -> None:
+        """One update of these alone, of those that have a gradient; the same bits as `step`.
+
+        Calls no step hooks: it is a part of a step, as when parameters are updated in backward.
+        """
+        for parameter in parameters:
+            group = self.param_groups[self._group_index[parameter]]
+            self._step_some(group, [parameter])
+
+    def _step_some(self, group: dict[str, Any], parameters: Iterable[nn.Parameter]) -> None:
+        settings = _settings_of(group)
+        dense: dict[str, list[Update]] = {}
+        for parameter in parameters:
+            projection = self._projections.get(parameter)
+            if projection is not None:
+                self._step_projected(parameter, projection, group, settings)
+            elif parameter.grad is not None:
+                form = self._format_of(group, parameter.shape)
+                state = self._state_of(parameter, form, parameter.shape)
+                update = Update(parameter, _dense(parameter.grad), state)
+                dense.setdefault(form.name, []).append(update)
+        for name, updates in dense.items():
+            self._formats[name].adamw(updates, settings)
 
     def _step_projected(
         self,
@@ -222,6 +238,7 @@ class AdamW(torch.optim.Optimizer):
             **super().__getstate__(),
             "_projections": self._projections,
             "_formats": self._formats,
+            "_group_index": self._group_index,
         }
 
 

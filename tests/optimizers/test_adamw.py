@@ -166,6 +166,36 @@ def test_closure_is_called_with_gradients_enabled() -> None:
     assert (weight < 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_format", ["float32", "int8"])
+def test_one_parameter_at_a_time_gives_the_same_bits(state_format: str, dtype: torch.dtype) -> None:
+    """In any order, with groups that differ, after a load that replaces the groups, and copied."""
+    runs = [new_parameters(dtype=dtype) for _ in range(2)]
+    at_once, one_by_one = [
+        AdamW(
+            [{"params": ps[:1]}, {"params": ps[1:3], "lr": 3e-2}, {"params": ps[3:]}],
+            **SETTINGS,
+            state_format=state_format,
+        )
+        for ps in runs
+    ]
+    for step in range(5):
+        for parameters in runs:
+            give_gradients(parameters, step)
+            parameters[2].grad = None if step == 1 else parameters[2].grad
+        at_once.step()
+        for parameter in reversed(runs[1]):
+            one_by_one.step_parameters([parameter])
+            parameter.grad = None
+        one_by_one.step()  # nothing is left to do
+        assert_same(*runs)
+        if step == 2:
+            one_by_one.load_state_dict(one_by_one.state_dict())
+        if step == 3:
+            runs[1], one_by_one = copy.deepcopy((runs[1], one_by_one))
+    assert [int(one_by_one.state[p]["step"]) for p in runs[1]] == [5, 5, 4, 5, 5]
+
+
 # ---------------------------------------------------------------- int8
 
 
