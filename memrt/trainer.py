@@ -223,6 +223,7 @@ class MemoryMixin(ReportMixin):
         assert self.session is not None
         if self._report is not None:
             self._report.begin_step()
+        self.session.last_checkpoint = self._last_checkpoint
         self.session.begin_step()
 
     def _end_step(self) -> None:
