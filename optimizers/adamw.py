@@ -8,7 +8,8 @@ For a parameter W with gradient g at its own step t = 1, 2, ...:
 
 as torch.optim.AdamW does, and with the same bits as its fused form for fp32 parameters in the
 default state format. A projected weight takes N from its projected gradient R instead: N and the
-moments have R's shape, decay stays on W, and the projection lifts N (see `projection.py`).
+moments have R's shape, decay stays on W, and the projection lifts N (see `projection.py`, and
+`formed_projection.py` for weights that have a `.grad` as well).
 
 Bytes of state: `float32` 8 an element, `int8` 2.03 (`memrt.optimizers.state_formats`), of the
 projected shape where there is a projection; moments are fp32 or 8-bit for bf16 parameters too.
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from memrt.optimizers.formed_projection import FormedProjection
 from memrt.optimizers.parameter_groups import check_group, check_storages
 from memrt.optimizers.projection import Projection
 from memrt.optimizers.state_formats import (
@@ -47,7 +49,8 @@ class AdamW(torch.optim.Optimizer):
     params: as for any torch optimizer; a group may set `lr`, `betas`, `eps`, `weight_decay` and
         `state_format`.
     state_format: "float32" or "int8".
-    projections: the weights whose gradient arrives projected, and never as `.grad`.
+    projections: the weights whose gradient arrives projected and never as `.grad`, or is projected
+        here (`FormedProjection`).
 
     State is created at the first step that brings a gradient. A parameter without one is skipped.
     """
@@ -141,7 +144,11 @@ class AdamW(torch.optim.Optimizer):
         group: dict[str, Any],
         settings: AdamWSettings,
     ) -> None:
-        if weight.grad is not None:
+        if isinstance(projection, FormedProjection):
+            if weight.grad is None:  # none came, or it was stepped in backward
+                return
+            projection.receive(_dense(weight.grad))
+        elif weight.grad is not None:
             raise ValueError(
                 f"a projected weight of shape {tuple(weight.shape)} has a dense .grad: it is used "
                 "outside the layer that projects (tied, or read by other code); do not project it"
@@ -159,7 +166,11 @@ class AdamW(torch.optim.Optimizer):
         )
         if settings.weight_decay:
             weight.mul_(1 - settings.lr * settings.weight_decay)
-        projection.apply(weight, direction.neg_(), lr=settings.lr)
+        if isinstance(projection, FormedProjection):
+            correction = _bias_correction(state["step"], settings)
+            projection.apply(weight, direction.neg_(), lr=settings.lr, correction=correction)
+        else:
+            projection.apply(weight, direction.neg_(), lr=settings.lr)
 
     def _format_of(self, group: dict[str, Any], shape: tuple[int, ...]) -> StateFormat:
         form = self._formats[group["state_format"]]
@@ -249,6 +260,11 @@ def _dense(gradient: Tensor) -> Tensor:
             "(nn.Embedding(sparse=False))"
         )
     return gradient
+
+
+def _bias_correction(step: Tensor, settings: AdamWSettings) -> Tensor:
+    """The factor in N that makes up for moments that began at zero; no step is read to the host."""
+    return (1 - settings.beta2**step).sqrt_() / (1 - settings.beta1**step)
 
 
 def _settings_of(group: dict[str, Any]) -> AdamWSettings:

@@ -11,9 +11,10 @@ the basis is found anew, from the first micro-batch of the step and before its R
 subspace iteration, started from the old basis. Its columns get the signs that make
 diag(P_newᵀ P_old) >= 0, for the moments are kept.
 
-Bytes, with s = min(m, n) and l = max(m, n): the basis, s · r · 4 (bfloat16: 2), and R, l · r · 4,
-from a step's first gradient until ``clear()``; dW would be m · n · 4 (or 2). Workspace: that of
-``memrt.optimizers.range_finder`` at a refresh, with k = r + 8, and of ``gradient_products``.
+Bytes, with s = min(m, n) and l = max(m, n): the basis, s · r · 4 (or less: ``basis.py``), and R,
+l · r · 4, from a step's first gradient until ``clear()``; dW would be m · n · 4 (or 2). Workspace:
+that of ``memrt.optimizers.range_finder`` at a refresh, with k = r + 8, and of
+``gradient_products``.
 
 Source: Zhao et al., GaLore (arXiv 2403.03507), with the products reordered. For its exact SVD come
 iterations that capture .998 of the energy where singular values are i^-1/2, more where they fall
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from memrt.kernels.gradient_products import add_gradient_times_, gradient_squared_norm
 from memrt.kernels.mixed_precision import add_matmul_
+from memrt.optimizers.basis import BasisFormat, MovingBasis
 from memrt.optimizers.range_finder import leading_basis
 
 __all__ = ["Subspace"]
@@ -59,7 +61,8 @@ class Subspace:
         offset: int = 0,
         scale: float = 1.0,
         norm: Literal["projected", "exact"] = "projected",
-        basis_dtype: torch.dtype = torch.float32,
+        basis: BasisFormat = "float32",
+        lazy: float | None = None,
         seed: int = 0,
         index: int = 0,
         device: torch.device | str = "cpu",
@@ -68,26 +71,35 @@ class Subspace:
             raise ValueError(
                 f"rank is {rank} for a weight {shape}: give 1 to {min(shape) - 1}, or no projection"
             )
-        if every < 1 or not 0 <= offset < every:
-            raise ValueError(f"every is {every} and offset {offset}: give 0 <= offset < every")
         if not scale > 0.0:
             raise ValueError(f"scale is {scale}: give a positive number")
         if norm not in ("projected", "exact"):
             raise ValueError(f"norm is {norm!r}: give 'projected' or 'exact'")
-        if basis_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"basis_dtype is {basis_dtype}: give torch.float32 or torch.bfloat16")
         self.weight_shape = (shape[0], shape[1])
         self.side: Literal["left", "right"] = "left" if shape[0] < shape[1] else "right"
-        self.rank = rank
-        self.refresh_count = 0
-        self._every, self._offset, self._scale = every, offset, scale
-        self._norm, self._basis_dtype = norm, basis_dtype
+        self._basis = MovingBasis(
+            min(shape),
+            rank,
+            every=every,
+            offset=offset,
+            lazy=lazy,
+            format=basis,
+            device=device,
+        )
+        self._scale, self._norm = scale, norm
         self._seed, self._index, self._device = seed, index, torch.device(device)
-        self._basis: Tensor | None = None  # [s, rank]
         self._gradient: Tensor | None = None  # of self.shape
         self._exact_squared_norm: Tensor | None = None
-        self._frozen = False
-        self._refresh_pending = False
+
+    @property
+    def rank(self) -> int:
+        """Of the basis."""
+        return self._basis.rank
+
+    @property
+    def refresh_count(self) -> int:
+        """How often the basis was found."""
+        return self._basis.refresh_count
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -102,14 +114,11 @@ class Subspace:
         """
         if self._gradient is not None:
             raise RuntimeError(f"step {step} begins before the last one was cleared: call clear()")
-        due = step == 0 or self._basis is None or (step - self._offset) % self._every == 0
-        self._refresh_pending = not self._frozen and (self._refresh_pending or due)
+        self._basis.begin_step(step)
 
     def request_refresh(self) -> None:
         """Refresh at the next step's first gradient, as after a step skipped for infinities."""
-        if self._frozen:
-            raise RuntimeError("the basis is frozen: call set_basis(..., frozen=False) first")
-        self._refresh_pending = True
+        self._basis.request_refresh()
 
     @torch.no_grad()
     def accumulate(self, rows: Tensor, columns: Tensor) -> None:
@@ -127,33 +136,29 @@ class Subspace:
             )
         small, large = (rows, columns) if self.side == "left" else (columns, rows)
         with torch.autocast(rows.device.type, enabled=False):
-            if self._refresh_pending and self._gradient is None:
+            if self._basis.pending and self._gradient is None:
                 self._refresh(small, large)
-            if self._basis is None:
+            basis = self._basis.matrix()
+            if basis is None:
                 raise RuntimeError("there is no basis yet: call begin_step() before backward")
             if self._norm == "exact":
                 self._exact_squared_norm = gradient_squared_norm(rows, columns)
             if self._gradient is None:
                 self._gradient = torch.zeros(self.shape, dtype=torch.float32, device=self._device)
             total = self._gradient.t() if self.side == "left" else self._gradient  # [l, rank]
-            add_gradient_times_(total, large, small, self._basis.float())
+            add_gradient_times_(total, large, small, basis)
 
     def _refresh(self, small: Tensor, large: Tensor) -> None:
         """Find the basis of the gradient smallᵀ @ large, or keep the old one if it has none."""
-        old = None if self._basis is None else self._basis.float()
+        old = self._basis.matrix()
         start = self._start_block(old)
         iterations = _FIRST_ITERATIONS if old is None else _REFRESH_ITERATIONS
-        basis, sound = leading_basis(
+        found, sound = leading_basis(
             small, large, start=start, rank=self.rank, iterations=iterations
         )
-        if old is None:
-            # A first gradient that is zero or infinite: any subspace is as good, until a refresh.
-            old = torch.linalg.qr(start).Q[:, : self.rank]
-        else:
-            basis.mul_(torch.where((basis * old).sum(dim=0) < 0.0, -1.0, 1.0))
-        self._basis = torch.where(sound, basis, old).to(self._basis_dtype)
-        self.refresh_count += 1
-        self._refresh_pending = False
+        # A first gradient that is zero or infinite: any subspace is as good, until a refresh.
+        fallback = torch.linalg.qr(start).Q[:, : self.rank] if old is None else None
+        self._basis.move(found, sound, fallback=fallback)
 
     def _start_block(self, old: Tensor | None) -> Tensor:
         """Return [s, k]: the old basis, then random columns that depend on nothing else."""
@@ -193,8 +198,7 @@ class Subspace:
     def forget(self) -> None:
         """Free the basis too, as when the weight stops training; its next gradient finds one."""
         self.clear()
-        if not self._frozen:
-            self._basis = None
+        self._basis.forget()
 
     @torch.no_grad()
     def apply(self, weight: Tensor, direction: Tensor, *, lr: float) -> None:
@@ -207,50 +211,30 @@ class Subspace:
             raise ValueError(
                 f"weight and direction are {given}: give {self.weight_shape} and {self.shape}"
             )
-        if self._basis is None:
+        basis = self._basis.matrix()
+        if basis is None:
             raise RuntimeError("there is no basis yet: nothing was accumulated")
-        left, right = self._basis, direction
-        if self.side == "right":
-            left, right = direction, self._basis.t()
+        left, right = (basis, direction) if self.side == "left" else (direction, basis.t())
         with torch.autocast(weight.device.type, enabled=False):
             add_matmul_(weight, left, right, alpha=-lr * self._scale)
 
     def set_basis(self, basis: Tensor, *, frozen: bool = True) -> None:
         """Put in a basis [s, k], which sets the rank to k; frozen, it is never refreshed."""
-        size = min(self.weight_shape)
-        if basis.dim() != 2 or basis.shape[0] != size or not 1 <= basis.shape[1] <= size:
-            raise ValueError(
-                f"basis is {tuple(basis.shape)}: give [{size}, k] with k at most {size}"
-            )
         if self._gradient is not None:
             raise RuntimeError("the step's gradient is in the old basis: call clear() first")
-        self._basis = basis.detach().to(device=self._device, dtype=self._basis_dtype, copy=True)
-        self.rank = basis.shape[1]
-        self._frozen, self._refresh_pending = frozen, False
+        self._basis.set(basis, frozen=frozen)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor that is held now, by name."""
-        held = ("basis", self._basis), ("gradient", self._gradient)
-        norm = ("squared_norm", self._exact_squared_norm)
-        return {name: tensor for name, tensor in (*held, norm) if tensor is not None}
+        held = ("gradient", self._gradient), ("squared_norm", self._exact_squared_norm)
+        own = {name: tensor for name, tensor in held if tensor is not None}
+        return self._basis.tensors() | own
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a later run needs between two steps; the basis only once there is one."""
-        state: dict[str, Any] = {} if self._basis is None else {"basis": self._basis}
-        state |= {"refresh_count": self.refresh_count, "frozen": self._frozen}
-        return state | {"refresh_pending": self._refresh_pending}
+        return self._basis.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the place of the subspace that gave ``state``, between two steps."""
-        basis = state.get("basis")
-        expected = (min(self.weight_shape), self.rank)
-        if basis is not None and tuple(basis.shape) != expected:
-            raise ValueError(
-                f"the saved basis is {tuple(basis.shape)}, not {expected}: resume with its rank"
-            )
-        options: dict[str, Any] = {"device": self._device, "dtype": self._basis_dtype}
-        self._basis = None if basis is None else basis.to(**options, copy=True)
-        self.refresh_count = int(state["refresh_count"])
-        self._refresh_pending = bool(state["refresh_pending"])
-        self._frozen = bool(state["frozen"])
+        self._basis.load_state_dict(state)
         self.clear()

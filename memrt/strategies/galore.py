@@ -10,11 +10,16 @@ dYᵀX, refreshed every `every` steps, warm-started and staggered over the layer
 Bytes per projected weight: basis 4 m r, moments 8 n r (2.03 n r with `int8_states`), gradient 4 n r
 in place of 4 m n. Embeddings, head, norms, biases keep AdamW. Zhao et al. 2024, arXiv 2403.03507;
 the projection without the gradient is memrt's. With an injected identity basis it is AdamW.
+
+`form="plain"` is GaLore as published, for comparison with it: dW is formed, accumulated and clipped
+as ever, P is its exact SVD at steps 0, `every`, 2·`every`, ... of all weights at once. It saves
+optimizer state only. Against the authors' galore-torch it differs where that is not AdamW: eps
+is added to the bias-corrected root (theirs is 32 times larger at step 1), decay comes before the
+update, and moments of bf16 weights are fp32.
 """
 
 from __future__ import annotations
 
-import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -24,11 +29,12 @@ import torch
 from torch import Tensor, nn
 
 from memrt.kernels.projected_linear import projected_conv1d, projected_linear
-from memrt.optimizer_slots import require_adamw
+from memrt.optimizers.formed_subspace import FormedSubspace
 from memrt.optimizers.subspace import Subspace
 from memrt.profiling.accounts import Account
+from memrt.projected_weights import ProjectedAttachment, ProjectedStrategy
 from memrt.registry import register
-from memrt.strategy import Attachment, Claim, Phase, Promise, Rule, Slot, Strategy
+from memrt.strategy import Attachment, Promise
 from memrt.surgery import subclass_of
 
 if TYPE_CHECKING:
@@ -39,58 +45,64 @@ if TYPE_CHECKING:
 
 __all__ = ["Galore"]
 
-TARGETS = ("all", "attention", "mlp")
+FORMS = ("gradient_free", "plain")
 NORMS = ("projected", "exact")
-
-logger = logging.getLogger(__name__)
 
 
 @register
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Galore(Strategy):
+class Galore(ProjectedStrategy):
     """Settings (defaults of the authors' README).
 
     rank: of the subspace. A weight whose smaller side is not above it keeps plain AdamW.
     every: optimizer steps between two refreshes of a weight's basis.
     scale: factor on the projected update (the paper's alpha).
     targets: linear weights of the repeated layers: "all", "attention" or "mlp".
-    norm: what clipping and the log use for projected weights: "projected" (the norm of R, at most
-        the true one) or "exact" (the true norm; one micro-batch a step, at most one dW product).
-    seed: of the random sketches.
+    form: "gradient_free" (dW is never formed) or "plain" (it is, and P is its exact SVD).
+    norm: of the gradient-free form: what clipping and the log use for projected weights:
+        "projected" (the norm of R, at most the true one) or "exact" (the true norm; one micro-batch
+        a step, at most one dW product). The plain form has the true norm by itself.
+    seed: of the random sketches of the gradient-free form.
     """
 
     name: ClassVar[str] = "galore"
-    phase: ClassVar[Phase] = Phase.UPDATE
     lowers: ClassVar[tuple[Account, ...]] = (Account.GRADIENTS, Account.OPTIMIZER)
-    breaks: ClassVar[frozenset[Promise]] = frozenset({Promise.GRADIENT_IS_FORMED})
 
-    rank: int = 128
-    every: int = 200
-    scale: float = 0.25
-    targets: str = "all"
+    form: str = "gradient_free"
     norm: str = "projected"
-    seed: int = 42
 
     def __post_init__(self) -> None:
-        for option in ("rank", "every"):
-            value = getattr(self, option)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{option}={value!r}: must be a whole number, 1 or more")
-        if not isinstance(self.scale, (int, float)) or not self.scale > 0:
-            raise ValueError(f"scale={self.scale!r}: must be a number above 0")
-        if self.targets not in TARGETS:
-            raise ValueError(f"targets={self.targets!r}: use one of {', '.join(TARGETS)}")
+        ProjectedStrategy.__post_init__(self)
+        if self.form not in FORMS:
+            raise ValueError(f"form={self.form!r}: use one of {', '.join(FORMS)}")
         if self.norm not in NORMS:
             raise ValueError(f"norm={self.norm!r}: use one of {', '.join(NORMS)}")
+        if self.form == "plain" and self.norm != "projected":
+            raise ValueError(
+                f"norm={self.norm!r} has no effect with form='plain', whose norm is always exact; "
+                "leave it out"
+            )
+
+    @property
+    def is_gradient_free(self) -> bool:
+        """Whether projected weights never get a gradient."""
+        return self.form == "gradient_free"
+
+    @property
+    def breaks(self) -> frozenset[Promise]:  # type: ignore[override]  # depends on the form
+        """The gradient-free form leaves no gradient."""
+        formed = {Promise.GRADIENT_IS_FORMED}
+        return frozenset(formed if self.is_gradient_free else ())
+
+    @property
+    def needs(self) -> frozenset[Promise]:  # type: ignore[override]  # depends on the form
+        """The plain form reads the gradient."""
+        formed = {Promise.GRADIENT_IS_FORMED}
+        return frozenset(() if self.is_gradient_free else formed)
 
     def check(self, facts: Facts) -> None:
         """Needs AdamW and linear weights in repeated layers."""
-        require_adamw(facts)
-        if not _linear_weights(facts, self.targets):
-            raise ValueError(
-                f"targets={self.targets!r} matches no trainable linear weight in the layers of "
-                f"{type(facts.model).__name__}; use targets='all' or another strategy"
-            )
+        ProjectedStrategy.check(self, facts)
         if self.norm == "exact" and facts.settings.accumulation_steps > 1:
             raise ValueError(
                 "norm='exact' cannot be had over several micro-batches "
@@ -98,47 +110,36 @@ class Galore(Strategy):
                 "gradient is never formed; use norm='projected' or one micro-batch a step"
             )
 
-    def projected(self, facts: Facts) -> list[str]:
-        """Names of the weights that are projected; the others are below the rank."""
-        return [
-            name
-            for name, weight in _linear_weights(facts, self.targets).items()
-            if min(weight.shape) > self.rank
-        ]
+    def serves(self, module: nn.Module) -> bool:
+        """A gradient-free layer is computed here, so it must be no more than y = x Wᵀ + b."""
+        if not self.is_gradient_free:
+            return True
+        plain = not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward
+        return plain and "forward" not in vars(module)
 
-    def claims(self, facts: Facts) -> list[Claim]:
-        """The projection of the projected weights."""
-        return [Claim(slot=Slot.PROJECTION, scope=frozenset(self.projected(facts)))]
+    def offset(self, index: int, count: int) -> int:
+        """Staggered; the plain form refreshes every weight at the same step, as the authors do."""
+        return ProjectedStrategy.offset(self, index, count) if self.is_gradient_free else 0
+
+    def projection(
+        self, shape: tuple[int, int], *, index: int, offset: int, device: torch.device
+    ) -> Subspace | FormedSubspace:
+        """The subspace of one weight."""
+        common: dict[str, Any] = {
+            "rank": self.rank,
+            "every": self.every,
+            "offset": offset,
+            "scale": self.scale,
+            "device": device,
+        }
+        if not self.is_gradient_free:
+            return FormedSubspace(shape, solver="svd", **common)
+        norm: Any = self.norm
+        return Subspace(shape, norm=norm, seed=self.seed, index=index, **common)
 
     def attach(self, run: Session) -> Attachment:
         """Recast the linear layers of the projected weights to ones without a weight gradient."""
-        return _Galore(self, run)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """transformers' `Conv1D` (GPT-2): y = x W + b with W [in, out]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def _linear_weights(facts: Facts, targets: str) -> dict[str, nn.Parameter]:
-    found = {}
-    for name, module in facts.model.named_modules():
-        # with a forward of its own it computes something else than y = x Wᵀ + b
-        linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        if not (linear or _is_conv1d(module)) or "forward" in vars(module):
-            continue
-        weight_name, weight = f"{name}.weight", module.weight
-        attention = facts.structure.is_attention(name)
-        wanted = targets == "all" or attention == (targets == "attention")
-        if (
-            wanted
-            and facts.structure.layer_of(name) is not None
-            and isinstance(weight, nn.Parameter)
-            and weight.requires_grad
-            and weight_name not in facts.structure.tied
-        ):
-            found[weight_name] = weight
-    return found
+        return _GradientFree(self, run) if self.is_gradient_free else ProjectedAttachment(self, run)
 
 
 class _ProjectedLinear:
@@ -162,63 +163,23 @@ def _projected(kind: type[nn.Module]) -> type[nn.Module]:
     return subclass_of(kind, Projected)
 
 
-class _Galore(Attachment):
+class _GradientFree(ProjectedAttachment):
     settings: Galore
+    subspaces: dict[str, Subspace]
 
     def __init__(self, settings: Galore, run: Session) -> None:
         super().__init__(settings, run)
-        names = settings.projected(run.facts)
-        bypassed = len(_linear_weights(run.facts, settings.targets)) - len(names)
-        if bypassed:
-            logger.warning(
-                "galore: rank=%d is not below the smaller side of %d weights; they keep AdamW",
-                settings.rank,
-                bypassed,
-            )
-        self.subspaces: dict[str, Subspace] = {}
         made: dict[type[nn.Module], type[nn.Module]] = {}
-        for index, name in enumerate(names):
+        for name, subspace in self.subspaces.items():
             module_name = name.removesuffix(".weight")
             module = run.model.get_submodule(module_name)
-            weight = run.model.get_parameter(name)
-            self.subspaces[name] = Subspace(
-                (weight.shape[0], weight.shape[1]),
-                rank=settings.rank,
-                every=settings.every,
-                offset=index * settings.every // len(names),
-                scale=settings.scale,
-                seed=settings.seed,
-                index=index,
-                device=weight.device,
-                norm=settings.norm,  # type: ignore[arg-type]
-            )
             kind = type(module)
             if kind not in made:
                 made[kind] = _projected(kind)
             run.recast(module_name, made[kind])
-            module.__dict__["_memrt_sink"] = self.subspaces[name]
-        if names:
+            module.__dict__["_memrt_sink"] = subspace
+        if self.subspaces:
             self.norm_kind = settings.norm
-
-    def rules(self) -> list[Rule]:
-        """The projection of every projected weight."""
-        return [
-            Rule(
-                slot=Slot.PROJECTION,
-                match=lambda name, parameter: name in self.subspaces,
-                build=lambda name, parameter: self.subspaces[name],
-            )
-        ]
-
-    def before_step(self, step: int) -> None:
-        """Tell every subspace which step it is: some refresh their basis."""
-        for subspace in self.subspaces.values():
-            subspace.begin_step(step)
-
-    def after_step(self, step: int) -> None:
-        """Free the low-rank gradients."""
-        for subspace in self.subspaces.values():
-            subspace.clear()
 
     @contextmanager
     def around_micro_batch(self) -> Iterator[None]:
@@ -227,8 +188,8 @@ class _Galore(Attachment):
         for name in self.subspaces:
             if self.run.model.get_parameter(name).grad is not None:
                 raise RuntimeError(
-                    f"galore: {name} is used outside its module's forward and got a full gradient; "
-                    "exclude it with targets='attention' or targets='mlp'"
+                    f"{self.name}: {name} is used outside its module's forward and got a full "
+                    "gradient; exclude it with targets='attention' or targets='mlp'"
                 )
 
     def squared_gradient_norm(self) -> Tensor | None:
@@ -244,30 +205,12 @@ class _Galore(Attachment):
 
     def tensors(self) -> list[tuple[Tensor, Account]]:
         """Bases are optimizer state, R is the gradient."""
-        accounts = {
-            "basis": Account.OPTIMIZER,
-            "gradient": Account.GRADIENTS,
-            "squared_norm": Account.WORKSPACE,
-        }
+        accounts = {"gradient": Account.GRADIENTS, "squared_norm": Account.WORKSPACE}
         return [
-            (tensor, accounts[kind])
+            (tensor, accounts.get(kind, Account.OPTIMIZER))
             for subspace in self.subspaces.values()
             for kind, tensor in subspace.tensors().items()
         ]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Bases and refresh counts by weight."""
-        return {name: subspace.state_dict() for name, subspace in self.subspaces.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them; refuses the state of other weights."""
-        if state.keys() != self.subspaces.keys():
-            raise ValueError(
-                f"the checkpoint holds galore state for {len(state)} weights, this run projects "
-                f"{len(self.subspaces)}; resume with the same rank and targets"
-            )
-        for name, subspace in self.subspaces.items():
-            subspace.load_state_dict(state[name])
 
     def detach(self) -> None:
         """Remove the sinks from the modules."""

@@ -70,7 +70,7 @@ def test_every_dtype_is_summed_in_fp32_with_autocast_off(
 
 @each_shape
 def test_a_bfloat16_basis_costs_its_own_rounding_and_no_more(shape: tuple[int, int]) -> None:
-    subspace = begun(shape, basis_dtype=torch.bfloat16)
+    subspace = begun(shape, basis="bfloat16")
     rows, columns = factors(shape)
     subspace.accumulate(rows, columns)
     basis = held(subspace, "basis")
@@ -211,7 +211,8 @@ def test_fewer_tokens_than_the_rank(tokens: int) -> None:
         ({"every": 3, "offset": 3}, "offset 3"),
         ({"scale": 0.0}, "scale is 0.0"),
         ({"norm": "frobenius"}, "norm is 'frobenius'"),
-        ({"basis_dtype": torch.float16}, "basis_dtype is torch.float16"),
+        ({"basis": "float16"}, "basis is 'float16'"),
+        ({"lazy": 0.0}, "lazy is 0.0"),
     ],
 )
 def test_wrong_settings_are_named(options: dict[str, Any], message: str) -> None:
@@ -270,7 +271,7 @@ def bytes_run(shape: tuple[int, int], *, fake: bool, **options: Any) -> list[int
 
 @each_shape
 @pytest.mark.parametrize(
-    "options", [{}, {"norm": "exact"}, {"basis_dtype": torch.bfloat16}], ids=str
+    "options", [{}, {"norm": "exact"}, {"basis": "bfloat16"}], ids=str
 )
 def test_bytes_are_those_of_the_docstring_real_and_fake(
     shape: tuple[int, int], options: dict[str, Any]
@@ -278,7 +279,7 @@ def test_bytes_are_those_of_the_docstring_real_and_fake(
     real, fake = (bytes_run(shape, fake=fake, **options) for fake in (False, True))
     assert real == fake
     small, large, block = min(shape), max(shape), 5 + 8
-    basis = 5 * small * (2 if options.get("basis_dtype") else 4)
+    basis = 5 * small * (2 if options.get("basis") else 4)
     scalar = 4 if options.get("norm") else 0
     assert real[1] == basis + 4 * 5 * large + scalar
     assert real[3] == real[11] == basis

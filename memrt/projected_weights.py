@@ -1,0 +1,193 @@
+"""What strategies that project linear weights share: which weights, their settings, their runtime.
+
+A subclass of `ProjectedStrategy` says how one weight is projected (`projection`); its optimizer
+part, refusals, staggering, state and checkpoints are here.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from memrt.optimizer_slots import require_adamw
+from memrt.profiling.accounts import Account
+from memrt.strategy import Attachment, Claim, Phase, Rule, Slot, Strategy
+
+if TYPE_CHECKING:
+    import torch
+
+    from memrt.session import Session
+    from memrt.structure import Facts
+
+__all__ = ["TARGETS", "ProjectedAttachment", "ProjectedStrategy", "is_conv1d"]
+
+TARGETS = ("all", "attention", "mlp")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProjectedStrategy(Strategy):
+    """Settings that every projection has.
+
+    rank: of the space. A weight whose smaller side is not above it keeps plain AdamW.
+    every: optimizer steps between two changes of a weight's projection.
+    scale: factor on the projected update.
+    targets: linear weights of the repeated layers: "all", "attention" or "mlp".
+    seed: of whatever is drawn.
+    """
+
+    phase: ClassVar[Phase] = Phase.UPDATE
+
+    rank: int = 128
+    every: int = 200
+    scale: float = 0.25
+    targets: str = "all"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for option in ("rank", "every"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{option}={value!r}: must be a whole number, 1 or more")
+        if not isinstance(self.scale, (int, float)) or not self.scale > 0:
+            raise ValueError(f"scale={self.scale!r}: must be a number above 0")
+        if self.targets not in TARGETS:
+            raise ValueError(f"targets={self.targets!r}: use one of {', '.join(TARGETS)}")
+
+    def check(self, facts: Facts) -> None:
+        """Needs AdamW and linear weights in repeated layers."""
+        require_adamw(facts)
+        if not self.candidates(facts):
+            raise ValueError(
+                f"targets={self.targets!r} matches no trainable linear weight in the layers of "
+                f"{type(facts.model).__name__}; use targets='all' or another strategy"
+            )
+
+    def serves(self, module: nn.Module) -> bool:
+        """Whether the weight of this linear layer can be projected."""
+        return True
+
+    def candidates(self, facts: Facts) -> dict[str, nn.Parameter]:
+        """Every weight that `targets` names, whatever its rank."""
+        found = {}
+        for name, module in facts.model.named_modules():
+            if not (isinstance(module, nn.Linear) or is_conv1d(module)) or not self.serves(module):
+                continue
+            weight_name, weight = f"{name}.weight", module.weight
+            attention = facts.structure.is_attention(name)
+            wanted = self.targets == "all" or attention == (self.targets == "attention")
+            if (
+                wanted
+                and facts.structure.layer_of(name) is not None
+                and isinstance(weight, nn.Parameter)
+                and weight.requires_grad
+                and weight_name not in facts.structure.tied
+            ):
+                found[weight_name] = weight
+        return found
+
+    def projected(self, facts: Facts) -> list[str]:
+        """Names of the weights that are projected; the others are below the rank."""
+        return [
+            name for name, weight in self.candidates(facts).items() if min(weight.shape) > self.rank
+        ]
+
+    def claims(self, facts: Facts) -> list[Claim]:
+        """The projection of the projected weights."""
+        return [Claim(slot=Slot.PROJECTION, scope=frozenset(self.projected(facts)))]
+
+    def offset(self, index: int, count: int) -> int:
+        """The first refresh after step 0 of weight `index` of `count`: spread over an interval."""
+        return index * self.every // count
+
+    def projection(
+        self, shape: tuple[int, int], *, index: int, offset: int, device: torch.device
+    ) -> Any:
+        """The projection of one weight."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it projects")
+
+    def attach(self, run: Session) -> Attachment:
+        """Make the projections; the model is left as it is."""
+        return ProjectedAttachment(self, run)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' `Conv1D` (GPT-2): y = x W + b with W [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+class ProjectedAttachment(Attachment):
+    """The projections of a run, by the names of their weights."""
+
+    settings: ProjectedStrategy
+
+    def __init__(self, settings: ProjectedStrategy, run: Session) -> None:
+        super().__init__(settings, run)
+        names = settings.projected(run.facts)
+        bypassed = len(settings.candidates(run.facts)) - len(names)
+        if bypassed:
+            logger.warning(
+                "%s: rank=%d is not below the smaller side of %d weights; they keep AdamW",
+                settings.name,
+                settings.rank,
+                bypassed,
+            )
+        self.subspaces: dict[str, Any] = {}
+        for index, name in enumerate(names):
+            weight = run.model.get_parameter(name)
+            self.subspaces[name] = settings.projection(
+                (weight.shape[0], weight.shape[1]),
+                index=index,
+                offset=settings.offset(index, len(names)),
+                device=weight.device,
+            )
+
+    def rules(self) -> list[Rule]:
+        """The projection of every projected weight."""
+        return [
+            Rule(
+                slot=Slot.PROJECTION,
+                match=lambda name, parameter: name in self.subspaces,
+                build=lambda name, parameter: self.subspaces[name],
+            )
+        ]
+
+    def before_step(self, step: int) -> None:
+        """Tell every projection which step it is: some change."""
+        for subspace in self.subspaces.values():
+            subspace.begin_step(step)
+
+    def after_step(self, step: int) -> None:
+        """Free what belongs to one step."""
+        self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """Drop projected gradients; what they are projected with stays."""
+        for subspace in self.subspaces.values():
+            subspace.clear()
+
+    def tensors(self) -> list[tuple[Tensor, Account]]:
+        """What the projections keep is optimizer state."""
+        return [
+            (tensor, Account.OPTIMIZER)
+            for subspace in self.subspaces.values()
+            for tensor in subspace.tensors().values()
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What every projection keeps, by weight."""
+        return {name: subspace.state_dict() for name, subspace in self.subspaces.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it; refuses the state of other weights."""
+        if state.keys() != self.subspaces.keys():
+            raise ValueError(
+                f"the checkpoint holds {self.name} state for {len(state)} weights, this run "
+                f"projects {len(self.subspaces)}; resume with the same rank and targets"
+            )
+        for name, subspace in self.subspaces.items():
+            subspace.load_state_dict(state[name])
