@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 __all__ = ["TASKS", "WeightSource", "auto_class", "resolve_config", "weight_source"]
 
@@ -26,6 +29,7 @@ TASKS = {
     "image-classification": "AutoModelForImageClassification",
 }
 
+_CONNECT_SECONDS = 5.0
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _OTHER_WEIGHTS = (
     "pytorch_model*.bin",
@@ -77,7 +81,9 @@ def _hub_config(name: str) -> dict[str, Any]:
     if not _HUB_ID.fullmatch(name):
         raise ValueError(f"{name!r} is not a local path; check the spelling and the working folder")
     try:
-        found: dict[str, Any] = PreTrainedConfig.get_config_dict(name)[0]
+        found: dict[str, Any] = PreTrainedConfig.get_config_dict(
+            name, local_files_only=not _hub_answers()
+        )[0]
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name!r} is neither a local path nor reachable on the Hub ({_short(error)}); "
@@ -86,6 +92,26 @@ def _hub_config(name: str) -> dict[str, Any]:
     if not found:
         raise ValueError(f"{name!r} on the Hub has no config.json")
     return found
+
+
+def _hub_answers() -> bool:
+    """Whether the Hub takes connections: its client tries again and again for half a minute.
+
+    Behind a proxy nobody can tell; the client finds out.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if getproxies().keys() & {"http", "https", "all"}:
+        return True
+    address = urlsplit(constants.ENDPOINT)
+    port = address.port or {"http": 80}.get(address.scheme, 443)
+    try:
+        socket.create_connection((address.hostname or "", port), _CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _read_json(path: Path) -> dict[str, Any]:

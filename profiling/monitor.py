@@ -153,7 +153,11 @@ class Monitor:
         if device is None and not torch.cuda.is_available():
             return None, None, "torch sees no CUDA device, so host memory (RSS) is what is watched"
         if isinstance(device, torch.device) and device.type != "cuda":
-            return None, None, f"NVML knows CUDA devices, and the run is on {device.type!r}"
+            return (
+                None,
+                None,
+                (f"the run is on {device.type!r}, so host memory (RSS) is what is watched"),
+            )
         index = device.index if isinstance(device, torch.device) else device
         if index is None:
             index = torch.cuda.current_device()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import transformers
 
 from memrt.loading import auto_class, load, resolve_config
+from memrt.model_source import _hub_answers
 from tests.tiny_models import CONFIGS, assert_equal_models
 
 
@@ -34,6 +36,23 @@ def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     text = str(caught.value)
     assert text.startswith("'nobody/nothing-here' is neither a local path nor reachable on the Hub")
     assert "\n" not in text
+
+
+def test_a_hub_that_takes_no_connection_is_not_asked_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as closed:  # bound and not listening: connections are refused
+        closed.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        for name in ("http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.upper(), raising=False)
+        assert not _hub_answers()
+        closed.listen()
+        assert _hub_answers()
+        monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+        assert _hub_answers()  # nobody can tell
 
 
 @pytest.mark.parametrize("shard", ["1GB", "20KB"], ids=["single", "sharded"])

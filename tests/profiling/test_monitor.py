@@ -60,7 +60,7 @@ def test_without_a_device_rss_is_watched_and_the_report_says_so() -> None:
     with Monitor(device="cpu", interval_seconds=0.01) as monitor:
         time.sleep(0.05)
     report = monitor.report()
-    reason = "NVML knows CUDA devices, and the run is on 'cpu'"
+    reason = "the run is on 'cpu', so host memory (RSS) is what is watched"
     assert report.source == "rss"
     assert report.unavailable == {"nvml": reason, "allocator": reason, "energy_joules": reason}
     assert set(report.series) == {"rss_bytes", "cpu_percent"}
