@@ -120,6 +120,11 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+def _stacked(facts: Facts) -> list[str]:
+    """Trainable weights of the layers that stack several matrices: fused experts."""
+    return [n for n, p in facts.parameters() if p.ndim == 3 and facts.structure.layer_of(n)]
+
+
 class ProjectedAttachment(Attachment):
     """The projections of a run, by the names of their weights."""
 
@@ -135,6 +140,15 @@ class ProjectedAttachment(Attachment):
                 settings.name,
                 settings.rank,
                 bypassed,
+            )
+        stacked = _stacked(run.facts)
+        if stacked:
+            logger.warning(
+                "%s: %d weights such as %s hold several experts each and are no linear layer's; "
+                "they keep AdamW",
+                settings.name,
+                len(stacked),
+                stacked[0],
             )
         self.subspaces: dict[str, Any] = {}
         for index, name in enumerate(names):

@@ -1,8 +1,9 @@
 """Where a model keeps its layers, attention, MLP, embeddings and head, found by structure.
 
-No transformers import: repeated blocks are the longest lists of like modules, embeddings and head
-come from the model's own accessors or from module types. What structure cannot tell is *data*: a
-row of `FAMILIES`, keyed by `config.model_type`. Adding a family is adding a row.
+No transformers import: repeated blocks are the lists of like modules that hold the parameters (one,
+or an encoder's and a decoder's), embeddings and head come from the model's own accessors or from
+module types. What structure cannot tell is *data*: a row of `FAMILIES`, keyed by
+`config.model_type`. Adding a family is adding a row.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from torch import nn
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["FAMILIES", "Facts", "Family", "LayerStack", "RunSettings", "Structure", "discover"]
+__all__ = [
+    "FAMILIES",
+    "Facts",
+    "Family",
+    "LayerStack",
+    "RunSettings",
+    "Structure",
+    "discover",
+    "is_plain_linear",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +68,14 @@ FAMILIES: Mapping[str, Family] = {
     "xlstm": Family(softcap_key="output_logit_soft_cap"),
 }
 
+PLAIN_LINEARS = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
+"""Subclasses of `nn.Linear` with a forward of their own that is y = x Wᵀ + b all the same."""
+
 _ATTENTION_NAMES = ("attn", "attention")
+
+_SMALLEST_SHARE = 0.1
+"""Lists of blocks with less than this share of the largest list's parameters are not layers but
+something beside them (heads, adapters, projections)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,10 +84,12 @@ class LayerStack:
 
     name: str
     layers: tuple[nn.Module, ...]
+    keys: tuple[str, ...]
+    """Each block's name in the list; a block that comes twice has the first."""
 
     def layer_name(self, index: int) -> str:
         """Dotted name of one block."""
-        return f"{self.name}.{index}" if self.name else str(index)
+        return f"{self.name}.{self.keys[index]}" if self.name else self.keys[index]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +115,9 @@ class Structure:
         for stack in self.stacks:
             prefix = f"{stack.name}." if stack.name else ""
             if name.startswith(prefix):
-                index = name[len(prefix) :].split(".", 1)[0]
-                if index.isdigit():
-                    return stack.layer_name(int(index))
+                key = name[len(prefix) :].split(".", 1)[0]
+                if key in stack.keys:
+                    return prefix + key
         return None
 
     def is_attention(self, name: str) -> bool:
@@ -106,8 +125,10 @@ class Structure:
         layer = self.layer_of(name)
         if layer is None:
             return False
-        inside = name[len(layer) + 1 :].lower()
-        return any(part in inside for part in _ATTENTION_NAMES)
+        parts = name[len(layer) + 1 :].lower().split(".")
+        return any(
+            word in part for part in parts if "norm" not in part for word in _ATTENTION_NAMES
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +184,7 @@ class Facts:
 
 
 def _block_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Lists of two or more like blocks with parameters, outermost only."""
+    """Lists of like blocks with parameters, outermost only."""
     found: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) == 0:
@@ -182,12 +203,31 @@ def _stacks(model: nn.Module) -> tuple[LayerStack, ...]:
     lists = _block_lists(model)
     # transformers marks its blocks with this attribute; prefer them to other lists of modules
     marked = [item for item in lists if hasattr(next(item[1].children()), "gradient_checkpointing")]
-    chosen = marked or [
-        item
-        for item in lists
-        if len(list(item[1].children())) == max(len(list(other.children())) for _, other in lists)
-    ]
-    return tuple(LayerStack(name=name, layers=tuple(module.children())) for name, module in chosen)
+    return tuple(
+        LayerStack(
+            name=name,
+            layers=tuple(module.children()),
+            keys=tuple(key for key, _ in module.named_children()),
+        )
+        for name, module in marked or _considerable(lists)
+    )
+
+
+def _considerable(lists: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Lists that hold a good part of the model: all of an encoder-decoder, stages of any length."""
+    repeated = [item for item in lists if len(list(item[1].children())) > 1] or lists
+    sizes = [sum(p.numel() for p in module.parameters()) for _, module in repeated]
+    smallest = _SMALLEST_SHARE * max(sizes, default=0)
+    return [item for item, size in zip(repeated, sizes, strict=True) if size >= smallest]
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes y = x Wᵀ + b and nothing else, so that a strategy may do it."""
+    kind = type(module)
+    if not isinstance(module, nn.Linear) or "forward" in vars(module):
+        return False
+    known = f"{kind.__module__}.{kind.__qualname__}" in PLAIN_LINEARS
+    return known or kind.forward is nn.Linear.forward
 
 
 def _accessor(model: nn.Module, method: str) -> nn.Module | None:

@@ -1,22 +1,198 @@
 """Tiny models and batches of every family, for the tests of memrt and of third-party strategies.
 
 Models have a few thousand parameters, are built from configs, and take well under a second a step.
+A family is a row of `TINY_FAMILIES`: the names that its config has for the usual sizes, what else a
+tiny one needs, and what its structure brings that others lack.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["FAMILIES", "VOCABULARY", "PlainModel", "tiny_batches", "tiny_config", "tiny_model"]
+__all__ = [
+    "FAMILIES",
+    "TINY_FAMILIES",
+    "VOCABULARY",
+    "PlainModel",
+    "TinyFamily",
+    "tiny_batches",
+    "tiny_config",
+    "tiny_model",
+]
 
 FAMILIES = ("llama", "gpt2", "bert", "plain")
+"""The families that every test of memrt runs; the others are in `TINY_FAMILIES`."""
+
 VOCABULARY = 99
+_HEADS = 4
+_IMAGE_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyFamily:
+    """A transformers family: its config class, and how the config names its sizes."""
+
+    config: str
+    brings: str
+    """What its structure has that matters to a strategy; the docs show it."""
+    task: str = "AutoModelForCausalLM"
+    images: bool = False
+    hidden: str = "hidden_size"
+    layers: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    intermediate: str | None = "intermediate_size"
+    head_dim: str | None = None
+    """Name of the size of one attention head, where it does not follow from the others."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+_GROUPED = {"num_key_value_heads": 2}
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+TINY_FAMILIES: Mapping[str, TinyFamily] = {
+    "llama": TinyFamily(
+        config="LlamaConfig",
+        brings="grouped key and value heads, SwiGLU, no biases",
+        values=_GROUPED,
+    ),
+    "gpt2": TinyFamily(
+        config="GPT2Config",
+        brings="fused QKV, transposed weights (Conv1D), biases, learned positions, tied head",
+        hidden="n_embd",
+        layers="n_layer",
+        heads="n_head",
+        intermediate=None,
+        values={"bos_token_id": 0, "eos_token_id": 0},
+    ),
+    "bert": TinyFamily(
+        config="BertConfig",
+        brings="encoder, norms after the residual, a transform before a tied head with a bias",
+        task="AutoModelForMaskedLM",
+    ),
+    "t5": TinyFamily(
+        config="T5Config",
+        brings="encoder and decoder, cross attention, relative positions, three tied names",
+        task="AutoModelForSeq2SeqLM",
+        hidden="d_model",
+        layers="num_layers",
+        heads="num_heads",
+        intermediate="d_ff",
+        head_dim="d_kv",
+        values={"decoder_start_token_id": 0},
+    ),
+    "mixtral": TinyFamily(
+        config="MixtralConfig",
+        brings="experts in one three-dimensional weight, routing that depends on values",
+        values={**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "vit": TinyFamily(
+        config="ViTConfig",
+        brings="images instead of text, a convolution before the layers, a classifier as the head",
+        task="AutoModelForImageClassification",
+        images=True,
+        values={"image_size": _IMAGE_SIZE, "patch_size": 8},
+    ),
+    "qwen2": TinyFamily(
+        config="Qwen2Config",
+        brings="biases on queries, keys and values alone",
+        values=_GROUPED,
+    ),
+    "qwen3": TinyFamily(
+        config="Qwen3Config",
+        brings="norms on queries and keys",
+        head_dim="head_dim",
+        values=_GROUPED,
+    ),
+    "mistral": TinyFamily(
+        config="MistralConfig",
+        brings="sliding-window attention in every layer",
+        values={**_GROUPED, "sliding_window": 8},
+    ),
+    "gemma2": TinyFamily(
+        config="Gemma2Config",
+        brings="soft caps on attention and logits, every other layer a sliding window, tied head",
+        head_dim="head_dim",
+        values={**_GROUPED, **_IDS, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    ),
+    "gemma3_text": TinyFamily(
+        config="Gemma3TextConfig",
+        brings="norms on queries and keys, two rotary tables, sliding windows, tied head",
+        head_dim="head_dim",
+        values={
+            **_GROUPED,
+            **_IDS,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window_pattern": 2,
+        },
+    ),
+    "phi": TinyFamily(
+        config="PhiConfig",
+        brings="attention and MLP in parallel, a head with a bias, partial rotary positions",
+        values=_IDS,
+    ),
+    "phi3": TinyFamily(
+        config="Phi3Config",
+        brings="fused QKV and fused gate and up projections",
+        values={**_GROUPED, **_IDS},
+    ),
+    "opt": TinyFamily(
+        config="OPTConfig",
+        brings="learned positions with an offset, biases everywhere, tied head",
+        intermediate="ffn_dim",
+        values={**_IDS, "max_position_embeddings": 64},
+    ),
+    "roberta": TinyFamily(
+        config="RobertaConfig",
+        brings="encoder, positions counted from the padding, a head of its own with a tied bias",
+        task="AutoModelForMaskedLM",
+        values={**_IDS, "max_position_embeddings": 64},
+    ),
+    "gpt_neox": TinyFamily(
+        config="GPTNeoXConfig",
+        brings="fused QKV, attention and MLP in parallel, partial rotary positions",
+        values=_IDS,
+    ),
+    "olmo2": TinyFamily(
+        config="Olmo2Config",
+        brings="norms after attention and MLP only, norms on whole queries and keys",
+        values={**_GROUPED, **_IDS},
+    ),
+    "falcon": TinyFamily(
+        config="FalconConfig",
+        brings="fused QKV with one key and value head, attention and MLP in parallel, tied head",
+        intermediate="ffn_hidden_size",
+        values=_IDS,
+    ),
+    "deepseek_v3": TinyFamily(
+        config="DeepseekV3Config",
+        brings="low-rank attention, a dense first layer, shared and routed experts in groups",
+        values={
+            **_IDS,
+            "num_key_value_heads": _HEADS,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+}
+"""Every transformers family that is held to the contract, by its `model_type`."""
 
 
 class PlainModel(nn.Module):
@@ -48,33 +224,26 @@ class PlainModel(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
+def _row(family: str) -> TinyFamily:
+    if family not in TINY_FAMILIES:
+        known = ", ".join([*TINY_FAMILIES, "plain"])
+        raise ValueError(f"family={family!r}: use one of {known}")
+    return TINY_FAMILIES[family]
+
+
 def tiny_config(family: str, *, hidden: int = 32, layers: int = 4, **overrides: Any) -> Any:
     """The config of a tiny transformers model."""
     import transformers
 
-    common = {"vocab_size": VOCABULARY, "use_cache": False, **overrides}
-    if family == "llama":
-        return transformers.LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            **common,
-        )
-    if family == "gpt2":
-        return transformers.GPT2Config(
-            n_embd=hidden, n_layer=layers, n_head=4, bos_token_id=0, eos_token_id=0, **common
-        )
-    if family == "bert":
-        return transformers.BertConfig(
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            **common,
-        )
-    raise ValueError(f"family={family!r}: use one of {', '.join(FAMILIES)}")
+    row = _row(family)
+    sizes: dict[str, Any] = {row.hidden: hidden, row.layers: layers, row.heads: _HEADS}
+    if row.intermediate is not None:
+        sizes[row.intermediate] = 2 * hidden
+    if row.head_dim is not None:
+        sizes[row.head_dim] = hidden // _HEADS
+    if not row.images:
+        sizes |= {"vocab_size": VOCABULARY, "use_cache": False}
+    return getattr(transformers, row.config)(**{**sizes, **row.values, **overrides})
 
 
 @contextmanager
@@ -97,9 +266,7 @@ def _from_config(family: str, overrides: dict[str, Any]) -> nn.Module:
     import transformers
 
     config = tiny_config(family, **overrides)
-    auto = (
-        transformers.AutoModelForMaskedLM if family == "bert" else transformers.AutoModelForCausalLM
-    )
+    auto = getattr(transformers, _row(family).task)
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it prints generation configs
     try:
@@ -112,11 +279,14 @@ def _from_config(family: str, overrides: dict[str, Any]) -> nn.Module:
 def tiny_batches(
     family: str, *, count: int = 1, seed: int = 0, batch: int = 2, length: int = 16
 ) -> list[dict[str, Tensor]]:
-    """`count` micro-batches of ids that a model can learn: the next id is the id plus one.
+    """`count` micro-batches that a model can learn.
 
-    The last quarter of the second row is padding, masked in labels and attention.
+    Text: the next id is the id plus one; the last quarter of the second row is padding, masked in
+    labels and attention. Images: the label says whether the image is dark or bright.
     """
     generator = torch.Generator().manual_seed(seed)
+    if family != "plain" and _row(family).images:
+        return [_images(generator, batch) for _ in range(count)]
     batches = []
     for _ in range(count):
         start = torch.randint(0, VOCABULARY, (batch, 1), generator=generator)
@@ -126,3 +296,9 @@ def tiny_batches(
         labels = ids.masked_fill(mask == 0, -100)
         batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
     return batches
+
+
+def _images(generator: torch.Generator, batch: int) -> dict[str, Tensor]:
+    labels = torch.arange(batch) % 2
+    noise = torch.randn(batch, 3, _IMAGE_SIZE, _IMAGE_SIZE, generator=generator)
+    return {"pixel_values": noise + (2 * labels - 1).view(-1, 1, 1, 1), "labels": labels}

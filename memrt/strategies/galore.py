@@ -32,9 +32,10 @@ from memrt.kernels.projected_linear import projected_conv1d, projected_linear
 from memrt.optimizers.formed_subspace import FormedSubspace
 from memrt.optimizers.subspace import Subspace
 from memrt.profiling.accounts import Account
-from memrt.projected_weights import ProjectedAttachment, ProjectedStrategy
+from memrt.projected_weights import ProjectedAttachment, ProjectedStrategy, is_conv1d
 from memrt.registry import register
 from memrt.strategy import Attachment, Promise
+from memrt.structure import is_plain_linear
 from memrt.surgery import subclass_of
 
 if TYPE_CHECKING:
@@ -114,8 +115,7 @@ class Galore(ProjectedStrategy):
         """A gradient-free layer is computed here, so it must be no more than y = x Wᵀ + b."""
         if not self.is_gradient_free:
             return True
-        plain = not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward
-        return plain and "forward" not in vars(module)
+        return is_plain_linear(module) or (is_conv1d(module) and "forward" not in vars(module))
 
     def offset(self, index: int, count: int) -> int:
         """Staggered; the plain form refreshes every weight at the same step, as the authors do."""
