@@ -5,6 +5,9 @@ is between them. Run it at the root of a checkout after a result or a strategy h
 
     python -m benchmarks.tables            # rewrite
     python -m benchmarks.tables --check    # say what is stale; exit code 1 when something is
+
+Whole pages of docs/ that are made from the code (`benchmarks/generated_pages.py`) are written and
+checked by the same command.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from benchmarks import generated_pages
 from memrt import registry
 from memrt.profiling.render import to_markdown
 
@@ -98,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing, say what is stale")
     options = parser.parse_args(argv)
-    stale = []
+    stale = generated_pages.refresh(ROOT, check=options.check)
     for page in pages():
         text = page.read_text("utf-8")
         filled = fill(text)
@@ -107,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
             if not options.check:
                 page.write_text(filled, "utf-8")
     if stale and options.check:
-        print(f"stale tables in {', '.join(stale)}; run python -m benchmarks.tables")
+        print(f"stale: {', '.join(stale)}; run python -m benchmarks.tables")
         return 1
     for name in stale:
         print(f"rewrote {name}")

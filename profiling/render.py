@@ -13,7 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-__all__ = ["Column", "Section", "Table", "print_report", "to_markdown", "unit_of"]
+__all__ = [
+    "Column",
+    "Section",
+    "Table",
+    "print_report",
+    "print_sections",
+    "sections_to_markdown",
+    "to_markdown",
+    "unit_of",
+]
 
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 MISSING = "–"
@@ -121,10 +130,11 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     """The whole report as a Markdown page."""
     from memrt.profiling.render_sections import sections
 
-    return _text(sections(report))
+    return sections_to_markdown(sections(report))
 
 
-def _text(shown: Sequence[Section]) -> str:
+def sections_to_markdown(shown: Sequence[Section]) -> str:
+    """Sections as a Markdown page, the first of them its title."""
     texts = [
         _section_text(section, heading="##" if index else "#")
         for index, section in enumerate(shown)
@@ -139,12 +149,16 @@ def print_report(report: Mapping[str, Any], file: TextIO | None = None) -> None:
     """To a terminal with rich; to anything else as plain text."""
     from memrt.profiling.render_sections import sections
 
+    print_sections([section for section in sections(report) if not section.file_only], file)
+
+
+def print_sections(shown: Sequence[Section], file: TextIO | None = None) -> None:
+    """To a terminal with rich; to anything else as plain text."""
     stream = sys.stdout if file is None else file
-    shown = [section for section in sections(report) if not section.file_only]
     if stream.isatty():
         _print_rich(shown, stream)
     else:
-        stream.write(_text(shown))
+        stream.write(sections_to_markdown(shown))
 
 
 def _print_rich(shown: Sequence[Section], stream: TextIO) -> None:

@@ -5,7 +5,7 @@ A command is a module with `add_parser(subparsers)` and `run(arguments) -> int`.
 transformers only when it runs.
 
 Exit codes: 0 done, 1 error (or a stack of `compare` that did not run), 2 `plan` says that it does
-not fit, 130 interrupted.
+not fit or `compat` that a stack cannot run, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "compare": "memrt.cli.compare",
+    "compat": "memrt.cli.compat",
     "plan": "memrt.cli.plan",
     "profile": "memrt.cli.profile",
     "train": "memrt.cli.train",
@@ -41,6 +42,7 @@ _DESCRIPTION = """\
 Train models in less memory, and know where every byte is.
 
   memrt compare      fine-tune one model under several strategy stacks, print one table
+  memrt compat       which strategies go together, and why others do not
   memrt plan         what a run will need: no weights, no GPU, exit code 0 fits, 2 does not
   memrt profile      a real run: predicted, counted, allocator and driver side by side
   memrt train        a full fine-tune with evaluation, checkpoints, resume, and the report

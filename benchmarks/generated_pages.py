@@ -1,0 +1,65 @@
+"""Pages of docs/ that are made from the code alone; `python -m benchmarks.tables` writes them.
+
+A page that nobody makes any more is removed from the folders that hold nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from memrt import registry
+from memrt.compatibility import Compatibility, buildable, facts_of_kinds, survey
+from memrt.compatibility_sections import matrix_sections
+from memrt.profiling.render import sections_to_markdown
+
+__all__ = ["MARK", "built_in", "pages", "refresh"]
+
+MARK = "<!-- Made by `python -m benchmarks.tables` from the code; edits here are lost. -->\n\n"
+
+_FOLDERS: tuple[str, ...] = ()
+"""Folders that hold generated pages only."""
+
+
+def built_in() -> list[str]:
+    """Names of the strategies that memrt ships; third parties' are not ours to document."""
+    return [
+        name
+        for name in registry.names()
+        if registry.strategy_class(name).__module__.startswith("memrt.strategies.")
+    ]
+
+
+def pages() -> dict[str, str]:
+    """Path in the checkout -> text."""
+    strategies, unbuilt = buildable(built_in())
+    found = survey(strategies, facts_of_kinds(), unbuilt=unbuilt)
+    return {"docs/compatibility.md": _compatibility(found)}
+
+
+def _compatibility(found: Compatibility) -> str:
+    return MARK + sections_to_markdown(matrix_sections(found))
+
+
+def refresh(root: Path, *, check: bool) -> list[str]:
+    """Write what differs, unless `check`; returns the paths that were stale."""
+    wanted = pages()
+    stale = [path for path, text in wanted.items() if _read(root / path) != text]
+    orphans = [path for path in _present(root) if path not in wanted]
+    if not check:
+        for path in stale:
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_text(wanted[path], "utf-8")
+        for path in orphans:
+            (root / path).unlink()
+    return sorted([*stale, *orphans])
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text("utf-8") if path.is_file() else None
+
+
+def _present(root: Path) -> Iterator[str]:
+    for folder in _FOLDERS:
+        for path in sorted((root / folder).glob("*.md")):
+            yield path.relative_to(root).as_posix()
