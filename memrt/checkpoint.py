@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
+from memrt.adapters import has_adapter_files, load_adapters
 from memrt.errors import CheckpointWriteError
 from memrt.registry import from_json
 from memrt.session import STATE_VERSION
@@ -306,8 +307,22 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
         folder = Path(resume_from_checkpoint)
         check_state(folder, self._strategies)
         self._resuming = load_state(folder, self._strategies) if self._strategies else None
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        if self._has_own_adapters(folder):
+            load_adapters(self.model, folder)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         self._last_checkpoint = resume_from_checkpoint
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None and self._has_own_adapters(Path(best)):
+            load_adapters(self.model, Path(best))
+        else:
+            super()._load_best_model()
+
+    def _has_own_adapters(self, folder: Path) -> bool:
+        """Adapters that a strategy put into the model; transformers loads those of PeftModel."""
+        return bool(self._strategies) and has_adapter_files(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The strategies' state first: it decides which parameters have optimizer state."""

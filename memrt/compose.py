@@ -106,6 +106,7 @@ def conflicts(strategies: Sequence[Strategy], facts: Facts) -> list[str]:
     for strategy in strategies:
         try:
             strategy.check(facts)
+            strategy.check_stack([other for other in strategies if other is not strategy], facts)
         except ValueError as refused:
             problems.append(f"{strategy.name}: {refused}")
     if problems:

@@ -6,6 +6,7 @@ numbers and strategies stays behind. The tensors are those of the trained model.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import transformers
 from torch import nn
 
+from memrt.adapters import has_adapter_files, load_adapters
 from memrt.checkpoint import SETTINGS_NAME, STATE_NAME, load_state, read_strategies, staged
+from memrt.loading import load
 from memrt.session import Session
 from memrt.trainer import MemoryMixin, unwrap_mixed_precision
 
@@ -30,7 +33,14 @@ _RUN_FILES = (
     SETTINGS_NAME,
 )
 # written anew from the exported model
-_MODEL_FILES = ("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json")
+_MODEL_FILES = (
+    "*.safetensors",
+    "*.bin",
+    "*.index.json",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+)
 
 
 def strip(run: Session) -> nn.Module:
@@ -75,6 +85,20 @@ def export_run(
     return target
 
 
+def _base(checkpoint: Path, base: str | Path | nn.Module | None) -> nn.Module:
+    """The model that a checkpoint's adapters belong to."""
+    if isinstance(base, nn.Module):
+        return base
+    config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    named = base or config.get("base_model_name_or_path")
+    if not named:
+        raise ValueError(
+            f"base=None: {checkpoint} holds adapters alone and does not name the model that they "
+            "belong to; give that model, or its folder, as base"
+        )
+    return load(named)
+
+
 def _load(checkpoint: Path) -> Any:
     if not (checkpoint / "config.json").is_file():
         raise ValueError(
@@ -91,16 +115,26 @@ def _load(checkpoint: Path) -> Any:
     return kind.from_pretrained(checkpoint)
 
 
-def export_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> Path:
+def export_checkpoint(
+    checkpoint: str | Path,
+    output_dir: str | Path,
+    *,
+    base: str | Path | nn.Module | None = None,
+) -> Path:
     """Write a checkpoint folder of a run as a plain transformers folder.
 
-    The strategies that wrote it are attached again, given their state and asked to export.
+    The strategies that wrote it are attached again, given their state and asked to export. A folder
+    with adapters alone is folded into `base`, the model (which is taken over) or the folder that
+    the run began with; None for the one that the adapters name.
     """
     source, target = Path(checkpoint), _target(output_dir)
-    model = _load(source)
+    adapters = has_adapter_files(source)
+    model = _base(source, base) if adapters else _load(source)
     strategies = read_strategies(source)
     if strategies:
         session = Session(model, strategies)
+        if adapters:
+            load_adapters(model, source)
         session.load_strategy_state(load_state(source, strategies))
         model = strip(session)
     with staged(target) as folder:

@@ -31,6 +31,7 @@ from memrt.checkpoint_weights import Checkpoint, refuse_unknown
 from memrt.initialization import Skeleton, initialize
 from memrt.model_source import auto_class, resolve_config, weight_source
 from memrt.profiling.fake import is_fake
+from memrt.structure import Facts, RunSettings, discover
 from memrt.weight_files import WeightFiles
 from memrt.weight_slots import WeightSlots
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from memrt.profiling.ledger import Ledger
-    from memrt.strategy import Strategy
+    from memrt.strategy import Loading, Strategy
 
 __all__ = ["auto_class", "load", "resolve_config"]
 
@@ -83,7 +84,8 @@ def load(
         skeleton = Skeleton.build(
             lambda: auto.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
         )
-        slots = WeightSlots(skeleton.model, stack, device=target, ledger=ledger)
+        parts = _parts(skeleton.model, stack)
+        slots = WeightSlots(skeleton.model, parts, device=target, ledger=ledger)
         if progress:
             slots.on_placed = _bar(context, slots.num_tensors)
         context.enter_context(_seeded(seed, target))
@@ -92,10 +94,18 @@ def load(
         else:
             notes = _read(path_or_config, skeleton, slots, files, dtype=chosen, device=target)
         slots.tie()
+        for part in parts:
+            part.finish()
     for note in notes:
         warnings.warn(f"{path_or_config}: {note}", stacklevel=2)
     model: nn.Module = skeleton.model
     return model
+
+
+def _parts(model: nn.Module, stack: Sequence[Strategy]) -> list[Loading]:
+    """What the strategies do while the model loads; they may refuse it."""
+    facts = Facts(model=model, structure=discover(model), settings=RunSettings())
+    return [strategy.loading(facts) for strategy in stack]
 
 
 def _draw(

@@ -32,9 +32,12 @@ _BUILT_IN = {
     "badam": "memrt.strategies.badam",
     "fused_loss": "memrt.strategies.fused_loss",
     "galore": "memrt.strategies.galore",
+    "int8": "memrt.strategies.int8",
     "int8_states": "memrt.strategies.int8_states",
     "lisa": "memrt.strategies.lisa",
+    "nf4": "memrt.strategies.nf4",
     "offload_activations": "memrt.strategies.offload_activations",
+    "peft": "memrt.strategies.peft",
 }
 _registered: dict[str, type[Strategy]] = {}
 

@@ -15,14 +15,24 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from memrt.profiling.accounts import Account
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from memrt.session import Session
     from memrt.structure import Facts
 
-__all__ = ["EVERYTHING", "Attachment", "Claim", "Phase", "Promise", "Rule", "Slot", "Strategy"]
+__all__ = [
+    "EVERYTHING",
+    "Attachment",
+    "Claim",
+    "Loading",
+    "Phase",
+    "Promise",
+    "Rule",
+    "Slot",
+    "Strategy",
+]
 
 
 class Phase(IntEnum):
@@ -112,6 +122,8 @@ class Strategy:
     exact: ClassVar[bool] = False
     needs: ClassVar[frozenset[Promise]] = frozenset()
     breaks: ClassVar[frozenset[Promise]] = frozenset()
+    brings_parameters: ClassVar[bool] = False
+    """Whether it adds parameters that train beside what the model has (adapters, side networks)."""
 
     @property
     def uniform_layers(self) -> bool:
@@ -121,6 +133,9 @@ class Strategy:
     def check(self, facts: Facts) -> None:
         """Refuse a model or a setting with `ValueError`; must not touch anything."""
 
+    def check_stack(self, others: Sequence[Strategy], facts: Facts) -> None:
+        """Refuse a stack that lacks a strategy which this one needs, with `ValueError`."""
+
     def claims(self, facts: Facts) -> list[Claim]:
         """The slots that this strategy takes on this model."""
         return []
@@ -128,6 +143,10 @@ class Strategy:
     def place_weight(self, name: str, tensor: Tensor) -> Tensor:
         """Hold a weight while a model is loaded: called once for every tensor, before the next."""
         return tensor
+
+    def loading(self, facts: Facts) -> Loading:
+        """Its part in loading one model, for a strategy to which the model's structure matters."""
+        return Loading(self)
 
     def attach(self, run: Session) -> Attachment:
         """Transform the model through `run` and return the runtime."""
@@ -144,6 +163,24 @@ class Strategy:
             if getattr(self, f.name) != f.default
         ]
         return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+
+class Loading:
+    """A strategy's part in loading one model: every weight passes by, then `finish` is called.
+
+    The model that `loading` was given is on meta then, and has its weights at `finish`.
+    """
+
+    def __init__(self, settings: Strategy) -> None:
+        self.settings = settings
+        self.name = settings.name
+
+    def place_weight(self, name: str, tensor: Tensor) -> Tensor:
+        """Hold a weight: called once for every tensor, before the next."""
+        return self.settings.place_weight(name, tensor)
+
+    def finish(self) -> None:
+        """Every weight is in its place."""
 
 
 class Attachment:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from memrt.profiling.ledger import Ledger
-    from memrt.strategy import Strategy
+    from memrt.strategy import Loading
 
 __all__ = ["WeightSlots"]
 
@@ -32,7 +32,7 @@ class WeightSlots:
     def __init__(
         self,
         model: Any,
-        strategies: Sequence[Strategy],
+        strategies: Sequence[Loading],
         *,
         device: torch.device,
         ledger: Ledger | None,

@@ -23,6 +23,8 @@ from memrt.testing import FAMILIES, tiny_batches, tiny_model
 
 __all__ = [
     "FAMILIES",
+    "PARTNERS",
+    "ROUNDED",
     "SPECS",
     "STACKS",
     "Outcome",
@@ -38,11 +40,20 @@ SPECS: dict[str, str] = {
     "badam": "badam(every=2)",
     "fused_loss": "fused_loss(chunk_tokens=8)",
     "galore": "galore(rank=4, every=3)",
+    "int8": "int8",
     "int8_states": "int8_states",
     "lisa": "lisa(layers=1, every=2)",
+    "nf4": "nf4",
     "offload_activations": "offload_activations(min_bytes=0)",
+    "peft": "peft(rank=4, dropout=0.1)",
 }
 """Every registered strategy with settings that bite on a model of a few thousand parameters."""
+
+PARTNERS: dict[str, list[str]] = {"int8": ["peft"], "nf4": ["peft"]}
+"""Strategies that do not run alone, and what the contract gives them beside."""
+
+ROUNDED = frozenset({"int8", "nf4"})
+"""Strategies that round the model's own weights, once, when they are attached."""
 
 STACKS: list[list[str]] = [
     ["activation_checkpoint", "offload_activations"],
@@ -52,6 +63,8 @@ STACKS: list[list[str]] = [
     ["galore", "lisa"],
     ["badam", "int8_states", "activation_checkpoint"],
     ["activation_checkpoint", "offload_activations", "lisa", "int8_states"],
+    ["nf4", "peft", "activation_checkpoint"],
+    ["int8", "peft", "int8_states", "offload_activations"],
 ]
 """Stacks that must train on every family; each also with `fused_loss` where there is a head."""
 
@@ -71,8 +84,9 @@ class Outcome:
 
 
 def specs(names: Sequence[str]) -> list[str]:
-    """Names to specs; what is already a spec stays."""
-    return [SPECS.get(name, name) for name in names]
+    """Names to specs, each with its partners; what is already a spec stays."""
+    partners = [partner for name in names for partner in PARTNERS.get(name, [])]
+    return [SPECS.get(name, name) for name in dict.fromkeys([*names, *partners])]
 
 
 def refusal(family: str, names: Sequence[str]) -> str | None:

@@ -14,11 +14,12 @@ from torch import nn
 
 import memrt
 from memrt import registry
+from memrt.adapters import has_adapter_files
 from memrt.checkpoint import SETTINGS_NAME, STATE_NAME
 from memrt.errors import CheckpointWriteError
 from memrt.export import export_checkpoint, export_run, strip
 from memrt.testing import tiny_batches
-from tests.contract import SPECS
+from tests.contract import SPECS, specs
 from tests.trainer_runs import assert_equal, model_of, run, trainer_of, weights
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
@@ -47,8 +48,10 @@ def check_folder(folder: Path, trainer: Any, expected: torch.Tensor) -> None:
 def test_every_strategy_exports_a_run_and_a_checkpoint(
     name: str, bf16: bool, tmp_path: Path
 ) -> None:
-    trainer = run(tmp_path / "run", options={"strategies": [SPECS[name]]}, bf16=bf16, **SAVING)
-    export_checkpoint(tmp_path / "run/checkpoint-2", tmp_path / "from_checkpoint")
+    trainer = run(tmp_path / "run", options={"strategies": specs([name])}, bf16=bf16, **SAVING)
+    checkpoint = tmp_path / "run/checkpoint-2"
+    base = model_of("llama") if has_adapter_files(checkpoint) else None
+    export_checkpoint(checkpoint, tmp_path / "from_checkpoint", base=base)
     export_run(trainer, tmp_path / "from_run")
     model = trainer.model
     assert type(model) is type(model_of("llama"))

@@ -1,0 +1,212 @@
+"""PEFT's adapters in a model: put in, found, folded into the weights, taken out, saved and loaded.
+
+The adapters go into the model itself, as transformers' `add_adapter` does it, so that the model
+stays the object that it was. `save_pretrained` of a transformers model then writes PEFT's layout.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memrt.packed_weights import is_packed, unpack
+from memrt.profiling.fake import is_fake
+
+__all__ = [
+    "ADAPTER_NAME",
+    "Injection",
+    "adapter_layers",
+    "changed_values",
+    "check_targets",
+    "fold_adapters",
+    "has_adapter_files",
+    "inject",
+    "load_adapters",
+    "plain",
+    "reads_base_weights",
+    "remove_adapters",
+]
+
+ADAPTER_NAME = "default"
+
+# Methods that add something to a layer's output and look at its weight only to fold it in. Each
+# was trained over NF4 here; the others multiply the weight by their own, or start from its values.
+_BESIDE_THE_WEIGHT = frozenset({"LORA", "IA3", "ADALORA", "LOHA", "LOKR"})
+_LORA_READS = (
+    "use_dora",
+    "use_qalora",
+    "corda_config",
+    "eva_config",
+    "loftq_config",
+    "lora_ga_config",
+)
+_LORA_STARTS = (True, False, "gaussian", "orthogonal")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Injection:
+    """What a model was before adapters were put in."""
+
+    modules: Mapping[str, nn.Module]
+    children: tuple[tuple[nn.Module, frozenset[str]], ...]
+    attributes: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Injection:
+        """Remember a model."""
+        return cls(
+            modules=dict(model.named_modules()),
+            children=tuple((module, frozenset(module._modules)) for module in model.modules()),
+            attributes=frozenset(vars(model)),
+        )
+
+
+def plain(value: Any) -> Any:
+    """A configuration's values as JSON has them."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def changed_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a PEFT configuration's dict has that PEFT's default has not, as JSON has it."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = plain(config["peft_type"])
+    default = plain(PEFT_TYPE_TO_CONFIG_MAPPING[kind]().to_dict())
+    values = {k: v for k, v in plain(config).items() if k not in default or v != default[k]}
+    return {**values, "peft_type": kind}
+
+
+def reads_base_weights(config: Any) -> str | None:
+    """The method, or the part of it, that needs the dense weights; None when it does not."""
+    kind = str(config.peft_type.value)
+    if kind not in _BESIDE_THE_WEIGHT:
+        return f"PEFT's {kind}"
+    if kind != "LORA":
+        return None
+    used = [name for name in _LORA_READS if getattr(config, name, None)]
+    if used:
+        return f"{used[0]}={getattr(config, used[0])!r}"
+    start = config.init_lora_weights
+    return None if start in _LORA_STARTS else f"init_lora_weights={start!r}"
+
+
+def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The layers of a model that carry adapters, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+
+
+def inject(config: Any, model: nn.Module, *, on_meta: bool = False) -> Injection:
+    """Put adapters into a model; only they train. `ValueError` with PEFT's reason if it refuses."""
+    from peft import inject_adapter_in_model
+
+    before = Injection.of(model)
+    config.base_model_name_or_path = vars(model).get("name_or_path")
+    try:
+        with warnings.catch_warnings():
+            # PEFT sets this one by itself, for each kind of layer, and says so
+            warnings.filterwarnings("ignore", message="fan_in_fan_out")
+            inject_adapter_in_model(
+                config, model, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=on_meta
+            )
+    except (ValueError, TypeError, NotImplementedError) as error:
+        remove_adapters(model, before)
+        raise ValueError(
+            f"PEFT cannot put {config.peft_type.value} into {type(model).__name__}: {error}"
+        ) from error
+    if hasattr(model, "save_pretrained"):
+        vars(model)["_hf_peft_config_loaded"] = True  # save_pretrained writes PEFT's layout
+    return before
+
+
+def check_targets(config: Any, model: nn.Module) -> None:
+    """Let PEFT refuse a model by putting adapters into a copy of it on meta."""
+    parameters = [*model.parameters(), *model.buffers()]
+    if any(is_fake(tensor) for tensor in parameters):
+        return  # nothing is lost when a planned model is refused later
+    memo: dict[int, Any] = {}
+    for tensor in parameters:
+        blank = torch.empty_like(tensor, device="meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if is_parameter else blank
+    inject(config, copy.deepcopy(model, memo), on_meta=True)
+
+
+@torch.no_grad()
+def fold_adapters(model: nn.Module) -> None:
+    """Add what the adapters learned to the layers' own weights; packed ones become dense."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for name, layer in adapter_layers(model):
+        base = layer.get_base_layer()
+        if is_packed(base):
+            unpack(base)
+            base.weight.requires_grad_(True)
+        try:
+            layer.merge(safe_merge=True)
+        except (NotImplementedError, AttributeError) as error:
+            raise ValueError(
+                f"{name}: {type(layer).__name__} cannot be folded into the weights ({error}); keep "
+                "the checkpoint, whose adapters peft.PeftModel.from_pretrained loads"
+            ) from error
+    for module in list(model.modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            trained = module.modules_to_save[ADAPTER_NAME]
+            module.original_module.load_state_dict(trained.state_dict())
+
+
+def remove_adapters(model: nn.Module, before: Injection) -> None:
+    """Put every module back where it was."""
+    for name, module in before.modules.items():
+        if name:
+            parent_name, _, attribute = name.rpartition(".")
+            before.modules[parent_name]._modules[attribute] = module
+    for module, children in before.children:
+        for extra in module._modules.keys() - children:
+            del module._modules[extra]
+    for attribute in vars(model).keys() - before.attributes:
+        if attribute in ("peft_config", "_hf_peft_config_loaded"):
+            del vars(model)[attribute]
+
+
+# ---------------------------------------------------------------- files
+
+
+def has_adapter_files(folder: str | Path) -> bool:
+    """Whether a checkpoint folder holds adapters in PEFT's layout."""
+    return (Path(folder) / "adapter_model.safetensors").is_file()
+
+
+def load_adapters(model: nn.Module, folder: str | Path) -> None:
+    """Load the adapters of a checkpoint into a model that has such adapters."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = load_file(Path(folder) / "adapter_model.safetensors")
+    state = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
+    result = set_peft_model_state_dict(model, state, adapter_name=ADAPTER_NAME)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing = [name for name in result.missing_keys if name in trained]
+    if missing or result.unexpected_keys:
+        odd = [*missing, *result.unexpected_keys]
+        raise ValueError(
+            f"{folder} holds adapters of another model or method: {odd[0]} and {len(odd) - 1} more "
+            "do not fit; resume with the settings that wrote it"
+        )
