@@ -18,6 +18,7 @@ if not (_here / "kernels").is_dir():
 
 if TYPE_CHECKING:
     from memrt.arguments import TrainingArguments
+    from memrt.ladder_files import load_ladder, save_ladder
     from memrt.loading import load
     from memrt.plain_loop import prepare
     from memrt.planning import plan
@@ -36,9 +37,11 @@ _PUBLIC = {
     "Trainer": "memrt.trainer",
     "TrainingArguments": "memrt.arguments",
     "load": "memrt.loading",
+    "load_ladder": "memrt.ladder_files",
     "plan": "memrt.planning",
     "prepare": "memrt.plain_loop",
     "register": "memrt.registry",
+    "save_ladder": "memrt.ladder_files",
 }
 
 __all__ = [
@@ -50,9 +53,11 @@ __all__ = [
     "TrainingArguments",
     "__version__",
     "load",
+    "load_ladder",
     "plan",
     "prepare",
     "register",
+    "save_ladder",
 ]
 
 

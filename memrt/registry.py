@@ -34,6 +34,7 @@ _BUILT_IN = {
     "galore": "memrt.strategies.galore",
     "int8": "memrt.strategies.int8",
     "int8_states": "memrt.strategies.int8_states",
+    "ladder": "memrt.strategies.ladder",
     "lisa": "memrt.strategies.lisa",
     "nf4": "memrt.strategies.nf4",
     "offload_activations": "memrt.strategies.offload_activations",

@@ -110,6 +110,10 @@ class Session:
         """Put another module in a module's place; undone by `detach`."""
         self._surgery.replace(fqn, module)
 
+    def add(self, fqn: str, module: nn.Module) -> None:
+        """Give a module a new child; undone by `detach`."""
+        self._surgery.add(fqn, module)
+
     def recast(self, fqn: str, cls: type[nn.Module]) -> None:
         """Change a module's class in place (names, state and identity stay); undone by `detach`."""
         self._surgery.recast(fqn, cls)

@@ -57,6 +57,15 @@ class Surgery:
 
         self._undo.append(undo)
 
+    def add(self, fqn: str, module: nn.Module) -> None:
+        """Give a module a new child `module` under the free name `fqn`."""
+        parent_name, _, attribute = fqn.rpartition(".")
+        parent = self._model.get_submodule(parent_name)
+        if hasattr(parent, attribute):
+            raise ValueError(f"add({fqn!r}): the name is taken; replace it, or take another")
+        parent.add_module(attribute, module)
+        self._undo.append(lambda: delattr(parent, attribute))
+
     def recast(self, fqn: str, cls: type[nn.Module]) -> None:
         """Change the class of the module at `fqn` in place."""
         module = self._model.get_submodule(fqn)

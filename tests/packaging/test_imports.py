@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "memrt.errors",
         "memrt.gradients",
         "memrt.head",
+        "memrt.ladder",
         "memrt.observer",
         "memrt.optimizer_slots",
         "memrt.optimizer_state",

@@ -1,0 +1,258 @@
+"""The rung of a ladder: bring a frozen hidden state down to the side's width and mix it in.
+
+Formula, for a frozen hidden state H [..., hidden] that is read once, the side's state S
+[..., side], weight W [side, hidden], bias b [side] and gate g [1] or [side] in [0, 1]:
+
+    D = H Wᵀ + b,   Z = g S + (1 - g) D                          (``ladder_down``; Z = D without S)
+    dS = g dZ,   dD = (1 - g) dZ,   dW = dDᵀ H,   db = Σ dD,   dg = Σ dZ (S - D)
+
+H gets no gradient. ``ladder_mix`` is the second half alone, for a D that was made in another way.
+
+Bytes kept for backward: H for dW (the *tap*: tokens · hidden elements; with ``kept="float8"`` one
+byte each and 4 a token, E4M3 with a scale a token, so that only dW is rounded), and S - D
+(tokens · side) instead of S and D. D is workspace of the forward.
+
+Source: the ladder of LST (arXiv 2206.06522); the reading in one operator is memrt's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from memrt.kernels.mixed_precision import block_rows, product_dtype
+from memrt.profiling.ledger import register_workspace
+
+__all__ = ["KEPT", "ladder_down", "ladder_mix", "ladder_reference"]
+
+KEPT = ("exact", "float8")
+"""How a tap is kept for the gradient of the down-projection."""
+
+_FLOAT8 = torch.float8_e4m3fn
+_FLOAT8_MAX = torch.finfo(_FLOAT8).max
+
+
+def ladder_reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, gate: Tensor
+) -> Tensor:
+    """The formula at the top of this file in plain PyTorch. For reading and for tests."""
+    down = functional.linear(hidden, weight, bias)  # [..., side]
+    return gate * state + (1 - gate) * down
+
+
+def ladder_down(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    kept: str = "exact",
+) -> Tensor:
+    """Return Z [..., side] of the formula; without ``state`` and ``gate``, D."""
+    if (state is None) is not (gate is None):
+        raise ValueError("state and gate go together: give both or neither")
+    if kept not in KEPT:
+        raise ValueError(f"kept={kept!r}: use one of {', '.join(KEPT)}")
+    dtype = product_dtype(hidden)
+    cast = (hidden.detach().to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    if not torch.is_grad_enabled():
+        down = functional.linear(*cast)
+        return down if state is None or gate is None else _mixed(down, state, gate)
+    result: Tensor = _down(*cast, state, gate, kept == "float8")[0]
+    return result
+
+
+def ladder_mix(down: Tensor, state: Tensor, gate: Tensor) -> Tensor:
+    """Return g S + (1 - g) D for D and S [..., side]; keeps S - D for backward."""
+    if not torch.is_grad_enabled():
+        return _mixed(down, state, gate)
+    result: Tensor = _mix(down, state, gate)[0]
+    return result
+
+
+def _mixed(down: Tensor, state: Tensor, gate: Tensor) -> Tensor:
+    # lerp is exact at both ends, where g S + (1 - g) D may meet 0 · inf
+    return torch.lerp(down.to(state.dtype), state, gate.to(state.dtype))
+
+
+# ---------------------------------------------------------------- down-projection, gate and sum
+
+
+@torch.library.custom_op("memrt::ladder_down", mutates_args=())
+def _down(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    gate: Tensor | None,
+    float8: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Z, S - D (empty without S), and H in 8 bits with its scales (empty unless ``float8``)."""
+    down = functional.linear(hidden, weight, bias)
+    mixed, difference = down, down.new_empty(0)
+    if state is not None and gate is not None:
+        difference = state - down
+        mixed = _mixed(down, state, gate)
+    codes, scales = hidden.new_empty(0, dtype=_FLOAT8), hidden.new_empty(0, dtype=torch.float32)
+    if float8:
+        codes, scales = _to_float8(hidden)
+    return mixed, difference, codes, scales
+
+
+@_down.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    gate: Tensor | None,
+    float8: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (*hidden.shape[:-1], weight.shape[0])
+    mixed = hidden.new_empty(shape, dtype=hidden.dtype if state is None else state.dtype)
+    difference = mixed.new_empty(0)
+    if state is not None:
+        difference = mixed.new_empty(shape, dtype=torch.promote_types(hidden.dtype, state.dtype))
+    tokens = hidden.shape[:-1].numel()
+    codes = hidden.new_empty(hidden.shape if float8 else 0, dtype=_FLOAT8)
+    return mixed, difference, codes, hidden.new_empty(tokens if float8 else 0, dtype=torch.float32)
+
+
+def _workspace_bytes(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    gate: Tensor | None,
+    float8: bool,
+) -> int:
+    tokens = hidden.shape[:-1].numel()
+    if state is None:
+        return 0
+    num_bytes = tokens * weight.shape[0] * hidden.element_size()  # D
+    if hidden.dtype != state.dtype:
+        num_bytes += tokens * weight.shape[0] * state.element_size()
+    return num_bytes
+
+
+register_workspace("memrt::ladder_down", _workspace_bytes)
+
+
+def _to_float8(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """H as E4M3 codes of its shape, and the scale of every token, fp32 [tokens]."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    codes = torch.empty_like(flat, dtype=_FLOAT8)
+    scales = flat.new_empty(flat.shape[0], dtype=torch.float32)
+    rows = block_rows(flat.shape[1], flat.shape[0])
+    for start in range(0, flat.shape[0], rows):
+        piece = flat[start : start + rows].float()
+        scale = piece.abs().amax(dim=1).div_(_FLOAT8_MAX).clamp_(min=torch.finfo().tiny)
+        codes[start : start + rows] = (piece / scale[:, None]).to(_FLOAT8)
+        scales[start : start + rows] = scale
+    return codes.view(hidden.shape), scales
+
+
+def _down_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, _, gate, float8 = inputs
+    _, difference, codes, scales = output
+    ctx.mark_non_differentiable(difference, codes, scales)
+    tap = codes if float8 else hidden
+    needs_weight = ctx.needs_input_grad[1]
+    ctx.save_for_backward(
+        tap if needs_weight else None,
+        scales if needs_weight and float8 else None,
+        difference if gate is not None and ctx.needs_input_grad[4] else None,
+        gate,
+    )
+    ctx.weight_dtype = weight.dtype
+    ctx.has_bias = bias is not None
+
+
+def _down_backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    tap, scales, difference, gate = ctx.saved_tensors
+    with torch.autocast(gradient.device.type, enabled=False):
+        d_state, d_down, d_gate = _mix_gradients(
+            gradient, difference, gate, ctx.needs_input_grad[3]
+        )
+        flat = d_down.reshape(-1, d_down.shape[-1]).to(ctx.weight_dtype)  # [tokens, side]
+        d_weight = None if tap is None else _weight_gradient(flat, tap, scales)
+        d_bias = None
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            d_bias = flat.sum(dim=0, dtype=torch.float32).to(ctx.weight_dtype)
+    return None, d_weight, d_bias, d_state, d_gate, None
+
+
+def _weight_gradient(flat: Tensor, tap: Tensor, scales: Tensor | None) -> Tensor:
+    """dDᵀ H [side, hidden]; a scale of a token moves over to dD, so that H is only cast."""
+    tap = tap.reshape(-1, tap.shape[-1])  # [tokens, hidden]
+    if scales is None:
+        return flat.t() @ tap
+    scaled = flat * scales[:, None].to(flat.dtype)
+    total = torch.zeros(flat.shape[1], tap.shape[1], dtype=torch.float32, device=flat.device)
+    rows = block_rows(tap.shape[1], tap.shape[0])
+    for left, codes in zip(torch.split(scaled, rows), torch.split(tap, rows), strict=True):
+        total += left.t() @ codes.to(left.dtype)
+    return total.to(flat.dtype)
+
+
+torch.library.register_autograd("memrt::ladder_down", _down_backward, setup_context=_down_context)
+
+
+# ---------------------------------------------------------------- gate and sum alone
+
+
+@torch.library.custom_op("memrt::ladder_mix", mutates_args=())
+def _mix(down: Tensor, state: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Z and S - D."""
+    return _mixed(down, state, gate), state - down
+
+
+@_mix.register_fake
+def _(down: Tensor, state: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    difference = state.new_empty(state.shape, dtype=torch.promote_types(down.dtype, state.dtype))
+    return state.new_empty(state.shape), difference
+
+
+def _mix_workspace_bytes(down: Tensor, state: Tensor, gate: Tensor) -> int:
+    return 0 if down.dtype == state.dtype else state.numel() * state.element_size()
+
+
+register_workspace("memrt::ladder_mix", _mix_workspace_bytes)
+
+
+def _mix_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    down, _, gate = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1] if ctx.needs_input_grad[2] else None, gate)
+    ctx.down_dtype = down.dtype
+
+
+def _mix_backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    difference, gate = ctx.saved_tensors
+    with torch.autocast(gradient.device.type, enabled=False):
+        d_state, d_down, d_gate = _mix_gradients(
+            gradient, difference, gate, ctx.needs_input_grad[1]
+        )
+    return d_down.to(ctx.down_dtype) if ctx.needs_input_grad[0] else None, d_state, d_gate
+
+
+def _mix_gradients(
+    gradient: Tensor, difference: Tensor | None, gate: Tensor | None, needs_state: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """dS, dD and dg."""
+    if gate is None:
+        return None, gradient, None
+    opened = gate.to(gradient.dtype)
+    d_gate = None
+    if difference is not None:
+        per_channel = (gradient * difference).flatten(0, -2).sum(dim=0, dtype=torch.float32)
+        d_gate = per_channel if gate.numel() > 1 else per_channel.sum().view(gate.shape)
+        d_gate = d_gate.to(gate.dtype)
+    return (gradient * opened if needs_state else None), gradient * (1 - opened), d_gate
+
+
+torch.library.register_autograd("memrt::ladder_mix", _mix_backward, setup_context=_mix_context)

@@ -1,0 +1,253 @@
+"""Builds a side network from settings and hangs it below a model's blocks, through the run."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from memrt.ladder.attach import (
+    CHILD,
+    climbing,
+    final_norm,
+    joining,
+    modules_before_the_join,
+    resting,
+    rotary_modules,
+    turn,
+    turning,
+)
+from memrt.ladder.prune import Cut, copy_hidden, copy_pruned, hidden_channels
+from memrt.ladder.rung import EncoderEnd, Gate, Join, Rung, Stream, Tap, make_tap
+from memrt.ladder.shape import Widths, body_of, drawing, narrow_block, narrow_body
+
+if TYPE_CHECKING:
+    from memrt.session import Session
+    from memrt.structure import LayerStack
+
+__all__ = ["build_ladder"]
+
+
+class Settings(Protocol):
+    """What a ladder is built from."""
+
+    @property
+    def reduction(self) -> int: ...
+    @property
+    def taps(self) -> str: ...
+    @property
+    def kept(self) -> str: ...
+    @property
+    def gate(self) -> str: ...
+    @property
+    def start(self) -> str: ...
+    @property
+    def init(self) -> str: ...
+    @property
+    def checkpoint(self) -> bool: ...
+    @property
+    def seed(self) -> int: ...
+
+    def rungs(self, num_layers: int) -> list[int]:
+        """The blocks of a stack that have a rung."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Side:
+    """The narrow modules of one stack and how wide they are."""
+
+    blocks: list[nn.Module]
+    norm: nn.Module | None
+    rotaries: dict[str, nn.Module]
+    """By the name of the backbone's own."""
+    cut: Cut
+    like: Tensor
+    residual: bool
+
+
+def build_ladder(run: Session, settings: Settings) -> list[nn.Module]:
+    """Hang a side network below every stack; returns the modules that stay in evaluation mode."""
+    model, structure = run.model, run.facts.structure
+    sides = [_side(run, stack, settings) for stack in structure.stacks]
+    channels = None
+    if settings.init == "magnitude":
+        with torch.no_grad():
+            blocks = [layer for stack in structure.stacks for layer in stack.layers]
+            channels = hidden_channels(blocks, sides[0].cut)
+    streams: list[Stream] = []
+    quiet = []
+    for index, (stack, side) in enumerate(zip(structure.stacks, sides, strict=True)):
+        stream = Stream(len(stack.layers))
+        stream.encoder = streams[0] if streams else None
+        streams.append(stream)
+        last = index == len(sides) - 1
+        quiet += _hang(run, stack, side, stream, settings, channels, joins=last)
+    for name in modules_before_the_join(model, structure):
+        module = model.get_submodule(name)
+        kind: Any = type(module)
+        run.recast(name, resting(kind))
+        quiet.append(module)
+    for module in quiet:
+        module.train(model.training)
+    return quiet
+
+
+# ---------------------------------------------------------------- narrow modules
+
+
+def _side(run: Session, stack: LayerStack, settings: Settings) -> _Side:
+    model = run.model
+    like = next(p for p in stack.layers[0].parameters() if p.is_floating_point())
+    body_name = body_of(model, stack)
+    if body_name is None:
+        return _plain_side(stack, settings, like)
+    body = model.get_submodule(body_name)
+    narrow = narrow_body(body, settings.reduction, like=like, seed=settings.seed)
+    inside = {id(m) for layer in stack.layers for m in layer.modules()}
+    norm = final_norm(model, stack)
+    start = len(body_name) + 1 if body_name else 0
+    narrow_norm = None if norm is None else narrow.get_submodule(norm[start:])
+    return _Side(
+        blocks=list(narrow.get_submodule(stack.name[start:]).children()),
+        norm=narrow_norm,
+        rotaries={
+            f"{body_name}.{name}" if body_name else name: narrow.get_submodule(name)
+            for name in rotary_modules(body, inside)
+        },
+        cut=Cut(wide=Widths.of(body.config), narrow=Widths.of(narrow.config)),
+        like=like,
+        residual=False,
+    )
+
+
+def _plain_side(stack: LayerStack, settings: Settings, like: Tensor) -> _Side:
+    """A plain module's blocks may be branches of a residual stream, so the side has one around."""
+    hidden = _plain_hidden(stack.layers[0])
+    blocks = [
+        narrow_block(
+            layer, settings.reduction, hidden=hidden, like=like, seed=settings.seed + index
+        )
+        for index, layer in enumerate(stack.layers)
+    ]
+    return _Side(
+        blocks=blocks,
+        norm=None,
+        rotaries={},
+        cut=Cut(
+            wide=_plain_widths(stack.layers[0], hidden),
+            narrow=_plain_widths(blocks[0], hidden // settings.reduction),
+        ),
+        like=like,
+        residual=True,
+    )
+
+
+def _plain_hidden(block: nn.Module) -> int:
+    """The width that a block gives back: that of its last linear layer."""
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise ValueError(
+            f"the block {type(block).__name__} has no linear layer, so that nothing says how wide "
+            "it is; use a transformers model, or blocks of torch.nn's layers"
+        )
+    return linears[-1].out_features
+
+
+def _plain_widths(block: nn.Module, hidden: int) -> Widths:
+    attention = [m for m in block.modules() if isinstance(m, nn.MultiheadAttention)]
+    heads = attention[0].num_heads if attention else 1
+    return Widths(hidden=hidden, heads=heads, kv_heads=heads, head_dim=hidden // heads)
+
+
+# ---------------------------------------------------------------- hanging
+
+
+def _hang(
+    run: Session,
+    stack: LayerStack,
+    side: _Side,
+    stream: Stream,
+    settings: Settings,
+    channels: Tensor | None,
+    *,
+    joins: bool,
+) -> list[nn.Module]:
+    rungs = [Rung(stream) for _ in stack.layers]
+    with drawing(settings.seed, side.like):
+        _fill(stack, rungs, side, settings, channels)
+        norm_name = final_norm(run.model, stack) if side.norm is not None else None
+        if norm_name is not None and side.norm is not None and channels is not None:
+            copy_hidden(run.model.get_submodule(norm_name), side.norm, channels)
+        wide, narrow = side.cut.wide.hidden, side.cut.narrow.hidden
+        end: Join | EncoderEnd = (
+            Join(stream, wide, narrow, form=settings.start, norm=side.norm)
+            if joins
+            else EncoderEnd(stream, norm=side.norm)
+        )
+    quiet = []
+    if norm_name is None:
+        rungs[-1].end = end
+    else:
+        quiet.append(run.model.get_submodule(norm_name))
+        _recast(run, norm_name, joining, end)
+    for index, rung in enumerate(rungs):
+        quiet.append(stack.layers[index])
+        _recast(run, stack.layer_name(index), climbing, rung)
+    for name, rotary in side.rotaries.items():
+        _recast(run, name, turning, turn(rotary, [stream]))
+    return quiet
+
+
+def _recast(run: Session, name: str, made: object, child: nn.Module) -> None:
+    assert callable(made)
+    kind = type(run.model.get_submodule(name))
+    run.add(f"{name}.{CHILD}", child)
+    run.recast(name, made(kind))
+
+
+def _fill(
+    stack: LayerStack,
+    rungs: list[Rung],
+    side: _Side,
+    settings: Settings,
+    channels: Tensor | None,
+) -> None:
+    """Give the chosen rungs a tap, a gate and a block, and the first a stem."""
+    wide, narrow = side.cut.wide.hidden, side.cut.narrow.hidden
+
+    def tap() -> Tap:
+        made = make_tap(settings.taps, wide, narrow, kept=settings.kept)
+        if channels is not None:
+            made.select(channels)
+        return made
+
+    rungs[0].stem = tap()
+    for position, index in enumerate(settings.rungs(len(stack.layers))):
+        rung, block = rungs[index], side.blocks[index]
+        for module in block.modules():
+            if getattr(module, "has_relative_attention_bias", False):
+                # the side adds its heads' part of the backbone's bias
+                vars(module)["has_relative_attention_bias"] = False
+                del module.relative_attention_bias
+            if hasattr(module, "layer_idx"):  # its place in the key-value cache
+                vars(module)["layer_idx"] = len(stack.layers) + position
+        heads = None
+        if channels is not None:
+            with torch.no_grad():
+                heads = copy_pruned(stack.layers[index], block, side.cut, channels)
+        rung.tap, rung.gate = tap(), Gate(settings.gate, narrow)
+        rung.block, rung.residual = block, side.residual
+        rung.checkpointed = settings.checkpoint
+        rung.heads = _bias_heads(block, heads, side)
+
+
+def _bias_heads(block: nn.Module, heads: Tensor | None, side: _Side) -> Tensor | None:
+    """The backbone's heads whose bias on attention scores the side's heads take over."""
+    if "position_bias" not in inspect.signature(block.forward).parameters:
+        return None
+    count = side.cut.narrow.heads
+    return torch.arange(count, device=side.like.device) if heads is None else heads[:count]

@@ -1,0 +1,391 @@
+"""The modules of a side network: taps, gates, rungs and the join, and what flows between them.
+
+After the backbone's block i, with H_i its output and S the side's state:
+
+    Z = g S + (1 - g) down_i(H_i),   S = block_i(Z)
+
+and the first state is S = down_0(E) of what the first block was given. A rung hangs below the
+backbone's block as its child `ladder`, so that it lies on the block's device and is counted with
+its layer. The state lives in a `Stream` from the first block to the join.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from memrt.kernels.ladder import ladder_down, ladder_mix
+
+__all__ = ["Call", "EncoderEnd", "Gate", "Join", "Rung", "Stream", "Tap", "make_tap"]
+
+LOW_RANK = 16
+"""Width of the bottleneck of a low-rank tap (QST's)."""
+
+GATE_TEMPERATURE = 0.1
+"""Of the scalar gate (LST's): the gate moves ten times as fast as its parameter."""
+
+
+class Stream:
+    """What flows through one stack's ladder during one forward."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.num_layers = num_layers
+        self.state: Tensor | None = None
+        self.rotary: dict[int, tuple[Any, Any]] = {}
+        self.memory: Tensor | None = None
+        """Of an encoder: the end of its side network, for the decoder's cross-attention."""
+        self.encoder: Stream | None = None
+
+    def take(self) -> Tensor:
+        """The last state, of which nothing is kept here."""
+        state, self.state = self.state, None
+        self.rotary.clear()
+        assert state is not None, "the join ran before the first block"
+        return state
+
+    def remember_rotary(self, ours: Any, side: Any) -> None:
+        """The side's position embeddings for the backbone's, known by their first tensor."""
+        self.rotary[id(ours[0])] = (ours, side)
+
+    def side_rotary(self, ours: Any) -> Any:
+        """What the side's blocks get in place of the backbone's position embeddings."""
+        found = self.rotary.get(id(ours[0]))
+        if found is None:
+            raise ValueError("position embeddings came from elsewhere than the model's own module")
+        return found[1]
+
+    def side_memory(self, batch: int) -> Tensor:
+        """The side encoder's end, for as many rows as the decoder has (beams repeat rows)."""
+        memory = None if self.encoder is None else self.encoder.memory
+        if memory is None:
+            raise ValueError(
+                "the decoder was given encoder_outputs without a run of the encoder before it, so "
+                "that its ladder has nothing to attend to; pass input_ids"
+            )
+        if memory.shape[0] == batch:
+            return memory
+        return memory.repeat_interleave(batch // memory.shape[0], dim=0)
+
+
+# ---------------------------------------------------------------- taps and gates
+
+
+class Tap(nn.Module):
+    """Brings a hidden state [..., hidden] down to [..., side] and mixes it into the state."""
+
+    def forward(
+        self, hidden: Tensor, state: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        """The mixed state; without one, the hidden state brought down."""
+        down = self.down(hidden)
+        return down if state is None or gate is None else ladder_mix(down, state, gate)
+
+    def down(self, hidden: Tensor) -> Tensor:
+        """The hidden state at the side's width."""
+        raise NotImplementedError
+
+    def select(self, channels: Tensor) -> None:
+        """Start with these channels, where the tap can."""
+
+
+class LinearTap(Tap):
+    """A learned projection (LST). Keeps the hidden state for its weight's gradient."""
+
+    def __init__(self, hidden: int, side: int, *, kept: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(side, hidden).normal_(std=0.01))
+        self.bias = nn.Parameter(torch.zeros(side))
+        self.kept = kept
+
+    def forward(
+        self, hidden: Tensor, state: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        """One operator reads the hidden state once."""
+        return ladder_down(hidden, self.weight, self.bias, state, gate, kept=self.kept)
+
+    def select(self, channels: Tensor) -> None:
+        """Start as the selection of these channels."""
+        with torch.no_grad():
+            self.weight.zero_().scatter_(1, channels[:, None], 1.0)
+
+
+class LowRankTap(Tap):
+    """LayerNorm(B silu(A h)) with a bottleneck of 16 (QST). Keeps the hidden state for A."""
+
+    def __init__(self, hidden: int, side: int, *, kept: str) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(LOW_RANK, hidden))
+        self.b = nn.Linear(LOW_RANK, side, bias=False)
+        self.norm = nn.LayerNorm(side)
+        self.kept = kept
+        nn.init.kaiming_uniform_(self.a, a=5**0.5)
+        nn.init.kaiming_uniform_(self.b.weight, a=5**0.5)
+
+    def down(self, hidden: Tensor) -> Tensor:
+        """Through the bottleneck."""
+        narrow = nn.functional.silu(ladder_down(hidden, self.a, None, kept=self.kept))
+        result: Tensor = self.norm(self.b(narrow))
+        return result
+
+
+class PooledTap(Tap):
+    """Means of `reduction` neighbouring channels. Nothing to learn, nothing kept."""
+
+    def __init__(self, hidden: int, side: int) -> None:
+        super().__init__()
+        self.reduction = hidden // side
+
+    def down(self, hidden: Tensor) -> Tensor:
+        """Means of groups of channels."""
+        groups = hidden.detach().view(*hidden.shape[:-1], -1, self.reduction)
+        return groups.mean(-1)
+
+
+class SelectedTap(Tap):
+    """The channels that the side's weights were cut from. Nothing to learn, nothing kept."""
+
+    channels: Tensor
+
+    def __init__(self, hidden: int, side: int) -> None:
+        super().__init__()
+        self.register_buffer("channels", torch.arange(0, hidden, hidden // side))
+
+    def down(self, hidden: Tensor) -> Tensor:
+        """Some of the channels."""
+        return hidden.detach().index_select(-1, self.channels)
+
+    def select(self, channels: Tensor) -> None:
+        """Select these channels."""
+        self.channels.copy_(channels)
+
+
+def make_tap(kind: str, hidden: int, side: int, *, kept: str) -> Tap:
+    """A tap by its name."""
+    if kind == "linear":
+        return LinearTap(hidden, side, kept=kept)
+    if kind == "low_rank":
+        return LowRankTap(hidden, side, kept=kept)
+    return PooledTap(hidden, side) if kind == "pooled" else SelectedTap(hidden, side)
+
+
+class Gate(nn.Module):
+    """How much of its state the side keeps: one learned number a rung, or one a channel. fp32."""
+
+    def __init__(self, kind: str, side: int) -> None:
+        super().__init__()
+        scalar = kind == "scalar"
+        start = torch.zeros(1) if scalar else torch.full((side,), 0.5)
+        self.parameter = nn.Parameter(start.float())
+        self.temperature = GATE_TEMPERATURE if scalar else 1.0
+
+    def forward(self) -> Tensor:
+        """The gate, [1] or [side], in (0, 1)."""
+        return torch.sigmoid(self.parameter / self.temperature)
+
+
+# ---------------------------------------------------------------- rungs
+
+
+class Call:
+    """One call of a backbone's block, by the names of its arguments."""
+
+    def __init__(self, names: tuple[str, ...], args: tuple[Any, ...], kwargs: Any) -> None:
+        self.names = names
+        self.args = args
+        self.kwargs = dict(kwargs)
+
+    @property
+    def hidden(self) -> Tensor:
+        """What the block was given."""
+        result: Tensor = self.args[0] if self.args else self.kwargs[self.names[0]]
+        return result
+
+    @property
+    def cache(self) -> Any:
+        """The key-value cache, if there is one."""
+        values = (*self.args, *self.kwargs.values())
+        return next((value for value in values if hasattr(value, "get_seq_length")), None)
+
+    def others(self) -> Iterator[tuple[str, Any]]:
+        """Names and values of everything but the hidden state."""
+        yield from zip(self.names[1:], self.args[1:], strict=False)
+        first = () if self.args else (self.names[0],)
+        yield from ((name, value) for name, value in self.kwargs.items() if name not in first)
+
+
+_BIASES = {"position_bias": 1, "encoder_decoder_position_bias": 2}
+"""Biases on attention scores that a block hands on in its output, and where."""
+
+
+class Rung(nn.Module):
+    """What hangs below one block of the backbone."""
+
+    heads: Tensor | None
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self.stream = stream
+        self.stem: Tap | None = None
+        self.tap: Tap | None = None
+        self.gate: Gate | None = None
+        self.block: nn.Module | None = None
+        self.end: Join | EncoderEnd | None = None
+        self.residual: bool = False
+        self.checkpointed: bool = False
+        self.register_buffer("heads", None)
+
+    def prepare(self, call: Call) -> None:
+        """Before the backbone's first block: room in the cache for the side's blocks."""
+        if self.stem is not None and call.cache is not None:
+            grow_cache(call.cache, self.stream.num_layers)
+
+    def forward(self, call: Call, output: Any) -> Any:
+        """Climb one rung; returns the block's output, joined with the side's after the last."""
+        stream = self.stream
+        if self.stem is not None:
+            stream.state = self.stem(call.hidden)
+        if self.tap is not None and self.gate is not None and self.block is not None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            assert stream.state is not None, "a block ran before the first"
+            mixed = self.tap(hidden, stream.state, self.gate())
+            stream.state = None  # or it would outlive its use
+            stream.state = self._climb(mixed, self._arguments(call, output))
+        if self.end is None:
+            return output
+        if isinstance(output, tuple):
+            return (self.end(output[0]), *output[1:])
+        return self.end(output)
+
+    def _arguments(self, call: Call, output: Any) -> dict[str, Any]:
+        """What the side's block is called with beside its state."""
+        arguments = {}
+        for name, value in call.others():
+            if name == "position_embeddings" and value is not None:
+                value = self.stream.side_rotary(value)
+            elif name == "encoder_hidden_states" and value is not None:
+                value = self.stream.side_memory(value.shape[0])
+            elif name in _BIASES and self.heads is not None:
+                value = output[_BIASES[name]]
+                value = None if value is None else value.detach().index_select(1, self.heads)
+            arguments[name] = value
+        return arguments
+
+    def _climb(self, mixed: Tensor, arguments: dict[str, Any]) -> Tensor:
+        assert self.block is not None
+        if self.checkpointed and self.training and torch.is_grad_enabled():
+            result = _checkpointed(self.block, mixed, arguments)
+        else:
+            with _uncaptured():
+                result = self.block(mixed, **arguments)
+        result = result[0] if isinstance(result, tuple) else result
+        climbed: Tensor = mixed + result if self.residual else result
+        return climbed
+
+
+def _checkpointed(block: nn.Module, mixed: Tensor, arguments: dict[str, Any]) -> Any:
+    # tensors go in as positional arguments: only those pass the saved-tensor hooks
+    names = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+    rest = {n: None if hasattr(v, "get_seq_length") else v for n, v in arguments.items()}
+    rest = {name: value for name, value in rest.items() if name not in names}
+
+    def recomputed(mixed: Tensor, *values: Tensor) -> Any:
+        with _uncaptured():
+            return block(mixed, **rest, **dict(zip(names, values, strict=True)))
+
+    return checkpoint(recomputed, mixed, *(arguments[n] for n in names), use_reentrant=False)
+
+
+@contextmanager
+def _uncaptured() -> Iterator[None]:
+    """transformers records hidden states and attentions by class; these are not the model's."""
+    module = sys.modules.get("transformers.utils.output_capturing")
+    collector = getattr(module, "_active_collector", None)
+    if collector is None or collector.get() is None:
+        yield
+        return
+    token = collector.set(None)
+    try:
+        yield
+    finally:
+        collector.reset(token)
+
+
+def grow_cache(cache: Any, num_layers: int) -> None:
+    """Give a key-value cache one layer of the same kind for every side block.
+
+    In the model's own cache they are reordered, cropped and moved with the backbone's.
+    """
+    parts = (
+        getattr(cache, "self_attention_cache", None),
+        getattr(cache, "cross_attention_cache", None),
+    )
+    for part in [part for part in parts if part is not None] or [cache]:
+        if part.layer_class_to_replicate is not None or len(part.layers) > num_layers:
+            continue  # it grows by itself, or has grown
+        if part.get_seq_length():
+            raise ValueError(
+                "the key-value cache was filled without the ladder; start from an empty one"
+            )
+        part.layers.extend(copy.deepcopy(layer) for layer in list(part.layers))
+
+
+# ---------------------------------------------------------------- ends
+
+
+class Join(nn.Module):
+    """Brings the side's last state up to the backbone's width and joins both.
+
+    "exact": H + up(S), with up starting at zero, so that the model starts as the backbone.
+    "lst": up(S). "qst": (1 - a) up(S) + a H, with a one learned number a channel.
+    """
+
+    def __init__(
+        self, stream: Stream, hidden: int, side: int, *, form: str, norm: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.stream = stream
+        self.form = form
+        self.norm = norm
+        self.up = nn.Linear(side, hidden, bias=form != "qst")
+        if form == "exact":
+            nn.init.zeros_(self.up.weight)
+            nn.init.zeros_(self.up.bias)
+        elif form == "lst":
+            nn.init.normal_(self.up.weight, std=0.01)
+            nn.init.zeros_(self.up.bias)
+        self.mixture = nn.Parameter(torch.ones(hidden)) if form == "qst" else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The joined hidden state [..., hidden]."""
+        state = self.stream.take()
+        if self.stream.encoder is not None and torch.is_grad_enabled():
+            self.stream.encoder.memory = None  # generation needs it once more for every token
+        lifted: Tensor = self.up(state if self.norm is None else self.norm(state))
+        if self.form == "lst":
+            return lifted
+        if self.mixture is None:
+            return hidden + lifted
+        share = torch.sigmoid(self.mixture)
+        return (1 - share) * lifted + share * hidden
+
+
+class EncoderEnd(nn.Module):
+    """The end of an encoder's side network: what the side decoder attends to."""
+
+    def __init__(self, stream: Stream, *, norm: nn.Module | None) -> None:
+        super().__init__()
+        self.stream = stream
+        self.norm = norm
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The backbone's state as it is: its decoder reads the backbone's encoder."""
+        state = self.stream.take()
+        self.stream.memory = state if self.norm is None else self.norm(state)
+        return hidden

@@ -1,0 +1,239 @@
+"""The side network's blocks: the backbone's own architecture, made narrower.
+
+A transformers body is built anew from its config with every width divided by the reduction; the
+blocks, final norm and rotary embedding of that narrow body are what the ladder is made of. Heads
+keep their width and become fewer (a head narrower than 16 suits no attention kernel); only when not
+even one fits is its width reduced. Blocks of a plain module are copied with narrower linear layers
+and norms.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from memrt.profiling.fake import is_fake
+from memrt.structure import LayerStack
+
+__all__ = [
+    "MIN_HEAD_WIDTH",
+    "Widths",
+    "body_of",
+    "drawing",
+    "narrow_block",
+    "narrow_body",
+    "narrow_config",
+]
+
+MIN_HEAD_WIDTH = 16
+
+_WIDTH_KEYS = ("hidden_size", "word_embed_proj_dim")
+_FFN_KEYS = (
+    "intermediate_size",
+    "n_inner",
+    "d_ff",
+    "ffn_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+)
+_HEAD_KEYS = ("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads")
+_VOCABULARY = 8  # of the narrow body, whose embeddings are not used
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Widths:
+    """The widths of a transformer's body."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: Any) -> Widths:
+        """Read them from a transformers config."""
+        heads = int(config.num_attention_heads)
+        hidden = int(config.hidden_size)
+        return cls(
+            hidden=hidden,
+            heads=heads,
+            kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+            head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
+        )
+
+    def narrowed(self, reduction: int, *, own_head_dim: bool) -> Widths:
+        """These widths divided by `reduction`, with sensible heads.
+
+        `own_head_dim`: heads × head_dim need not be hidden.
+        """
+        hidden = _divided("hidden size", self.hidden, reduction)
+        inner = hidden
+        if own_head_dim:
+            inner = _divided("width of the heads together", self.heads * self.head_dim, reduction)
+        width = _head_width(inner, self.head_dim)
+        if width is None:
+            largest = self.heads * self.head_dim // MIN_HEAD_WIDTH
+            raise ValueError(
+                f"reduction={reduction} leaves {inner} channels for the side network's attention, "
+                f"which make no heads of an even width of {MIN_HEAD_WIDTH} or more; use a "
+                f"reduction of at most {max(1, largest)} that leaves a multiple of 8"
+            )
+        heads = inner // width
+        group = self.heads // self.kv_heads
+        kv_heads = next(n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= group)
+        return Widths(hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=width)
+
+
+def _divided(what: str, size: int, reduction: int) -> int:
+    if size % reduction or size < reduction:
+        raise ValueError(
+            f"reduction={reduction} does not divide the model's {what} of {size}; use a divisor"
+        )
+    return size // reduction
+
+
+def _head_width(inner: int, head_dim: int) -> int | None:
+    """The width of a side head: the backbone's where it fits, else the next smaller that does."""
+    largest = min(max(head_dim, MIN_HEAD_WIDTH), inner)
+    for multiple in (8, 2):
+        for width in range(largest, MIN_HEAD_WIDTH - 1, -1):
+            if (
+                inner % width == 0
+                and (width % multiple == 0 or width == head_dim)
+                and not width % 2
+            ):
+                return width
+    return None
+
+
+def narrow_config(config: Any, reduction: int) -> Any:
+    """A copy of a transformers config with every width divided by `reduction`."""
+    narrow = copy.deepcopy(config)
+    own_head_dim = getattr(config, "head_dim", None) is not None
+    widths = Widths.of(config).narrowed(reduction, own_head_dim=own_head_dim)
+    for key in _WIDTH_KEYS:
+        if getattr(config, key, None) is not None:
+            setattr(narrow, key, widths.hidden)
+    for key in _FFN_KEYS:
+        size = getattr(config, key, None)
+        if size is not None:
+            setattr(narrow, key, _divided(key, int(size), reduction))
+    for key in _HEAD_KEYS:
+        if getattr(config, key, None) is not None:
+            setattr(narrow, key, widths.heads)
+    if getattr(config, "num_key_value_heads", None) is not None:
+        narrow.num_key_value_heads = widths.kv_heads
+    if own_head_dim:
+        narrow.head_dim = widths.head_dim
+    narrow.vocab_size = _VOCABULARY
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(narrow, key, None) is not None:
+            setattr(narrow, key, 0)
+    return narrow
+
+
+def body_of(model: nn.Module, stack: LayerStack) -> str | None:
+    """The name of the innermost transformers model around a stack; None in a plain module."""
+    parts = stack.name.split(".")
+    for length in range(len(parts) - 1, -1, -1):
+        name = ".".join(parts[:length])
+        module = model.get_submodule(name)
+        if hasattr(module, "config") and hasattr(module, "base_model_prefix"):
+            return name
+    return None
+
+
+def narrow_body(body: nn.Module, reduction: int, *, like: torch.Tensor, seed: int) -> nn.Module:
+    """A narrow body with weights drawn as transformers draws them; dtype and device of `like`."""
+    config: Any = body.config
+    with drawing(seed, like):
+        narrow: nn.Module = type(body)(narrow_config(config, reduction))
+    return narrow
+
+
+@contextmanager
+def drawing(seed: int, like: torch.Tensor) -> Iterator[None]:
+    """Modules are made with the dtype, on the device and from the seed that are asked."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(like.dtype)
+    try:
+        with torch.device(like.device):
+            if is_fake(like):
+                yield
+                return
+            devices = [like.device] if like.device.type == "cuda" else []
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(seed)
+                yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def narrow_block(
+    block: nn.Module, reduction: int, *, hidden: int, like: torch.Tensor, seed: int
+) -> nn.Module:
+    """A copy of a plain block whose linear layers and norms are `reduction` times narrower."""
+    with drawing(seed, like):
+        leaves = {id(leaf): _narrow_leaf(leaf, reduction) for leaf in _leaves(block)}
+    narrow: nn.Module = copy.deepcopy(block, dict(leaves))  # which deepcopy adds to
+    # its parameters are the narrow leaves' alone, or the copy would still be as wide
+    left = {id(p) for leaf in leaves.values() for p in leaf.parameters()}
+    if any(id(parameter) not in left for parameter in narrow.parameters()):
+        raise ValueError(_cannot_narrow(block, "it holds parameters of its own"))
+    example = torch.zeros(1, 2, hidden // reduction, dtype=like.dtype, device=like.device)
+    try:
+        with torch.no_grad():
+            shape = narrow.eval()(example).shape
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise ValueError(_cannot_narrow(block, str(error).split("\n", maxsplit=1)[0])) from error
+    if shape != example.shape:
+        raise ValueError(_cannot_narrow(block, "it does not give back the shape that it takes"))
+    return narrow
+
+
+def _cannot_narrow(block: nn.Module, reason: str) -> str:
+    return (
+        f"a narrower copy of the block {type(block).__name__} cannot be made ({reason}); use a "
+        "transformers model, or blocks of torch.nn's layers"
+    )
+
+
+def _leaves(block: nn.Module) -> list[nn.Module]:
+    """Outermost modules that can be made narrower."""
+    found: list[nn.Module] = []
+    for child in block.children():
+        known = isinstance(child, (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.MultiheadAttention))
+        found.extend([child] if known else _leaves(child))
+    return found
+
+
+def _narrow_leaf(leaf: nn.Module, reduction: int) -> nn.Module:
+    if isinstance(leaf, nn.Linear):
+        wide = (leaf.in_features, leaf.out_features)
+        first, second = (_divided("width", size, reduction) for size in wide)
+        return nn.Linear(first, second, bias=leaf.bias is not None)
+    if isinstance(leaf, (nn.LayerNorm, nn.RMSNorm)):
+        width = _divided("width", leaf.normalized_shape[-1], reduction)
+        kind: Any = type(leaf)
+        return kind(width, eps=leaf.eps, elementwise_affine=leaf.elementwise_affine)  # type: ignore[no-any-return]
+    assert isinstance(leaf, nn.MultiheadAttention)
+    width = _divided("width", leaf.embed_dim, reduction)
+    head = _head_width(width, leaf.head_dim)
+    if head is None:
+        raise ValueError(
+            f"reduction={reduction} leaves {width} channels, which make no heads of an even width "
+            f"of {MIN_HEAD_WIDTH} or more; use a smaller reduction"
+        )
+    return nn.MultiheadAttention(
+        width,
+        width // head,
+        dropout=leaf.dropout,
+        bias=leaf.in_proj_bias is not None,
+        batch_first=leaf.batch_first,
+    )

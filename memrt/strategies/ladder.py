@@ -1,0 +1,221 @@
+"""Ladder side-tuning: a narrow network beside a frozen backbone, which keeps nothing for backward.
+
+After the backbone's block i, with output H_i [tokens, hidden], the side's state S [tokens, side],
+side = hidden / reduction, climbs one rung:
+
+    Z = g_i S + (1 - g_i) down_i(H_i),   S <- block_i(Z),   at the start S = down_0(embeddings)
+
+and at the end `hidden states + up(norm(S))` goes into the model's own head. The backbone's blocks
+run without gradients and in evaluation mode; what trains is the side network (and the task head of
+a model without a language-model head). With `start="exact"` up begins at zero, so that the model
+starts bit for bit as the backbone; "lst" and "qst" start as the papers' code does.
+
+Bytes kept for backward, in elements a token and layer: nothing of the backbone but the taps. A
+"linear" (LST) or "low_rank" (QST) tap keeps `hidden` (one byte each with `kept="float8"`), "pooled"
+and "selected" taps nothing; the side's blocks keep about 19 side, with `checkpoint` 1. Weights grow
+by about 1/reduction² of the blocks' and reduction-fold narrower taps. A step costs a forward of the
+backbone and about 3/reduction² more.
+
+LST: Sung et al. 2022, arXiv 2206.06522. QST, with `nf4`: Zhang et al. 2024, arXiv 2401.07159.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from memrt.kernels.ladder import KEPT
+from memrt.ladder.attach import task_head
+from memrt.ladder.build import build_ladder
+from memrt.ladder.shape import body_of, narrow_config
+from memrt.profiling.accounts import Account
+from memrt.registry import register
+from memrt.strategy import Attachment, Claim, Phase, Slot, Strategy
+
+if TYPE_CHECKING:
+    from memrt.session import Session
+    from memrt.structure import Facts
+
+__all__ = ["Ladder"]
+
+TAPS = ("linear", "low_rank", "pooled", "selected")
+GATES = ("scalar", "vector")
+STARTS = ("exact", "lst", "qst")
+INITS = ("magnitude", "random")
+HEADS = ("auto", "frozen", "trained")
+
+
+@register
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ladder(Strategy):
+    """Settings.
+
+    reduction: how many times narrower the side network is.
+    taps: how a hidden state comes down: "linear", "low_rank", "pooled", "selected".
+    kept: how a linear or low-rank tap keeps the hidden state: "exact" or "float8".
+    gate: "scalar" (one number a rung, as LST) or "vector" (one a channel, as QST).
+    start: "exact" (the backbone's own function), "lst" or "qst" (the papers').
+    init: the side's first weights: "magnitude" (cut out of the backbone's) or "random".
+    every: a rung after every n-th block; `layers` names them instead, from 0.
+    checkpoint: run the side's blocks again in backward instead of keeping their activations.
+    head: what trains behind the join: "auto" (all of it without a language-model head, else
+        nothing), "frozen" or "trained".
+    seed: of the random weights.
+    """
+
+    name: ClassVar[str] = "ladder"
+    phase: ClassVar[Phase] = Phase.STRUCTURE
+    lowers: ClassVar[tuple[Account, ...]] = (
+        Account.ACTIVATIONS,
+        Account.GRADIENTS,
+        Account.OPTIMIZER,
+    )
+
+    brings_parameters: ClassVar[bool] = True
+
+    reduction: int = 8
+    taps: str = "linear"
+    kept: str = "exact"
+    gate: str = "scalar"
+    start: str = "exact"
+    init: str = "magnitude"
+    every: int = 1
+    layers: tuple[int, ...] = ()
+    checkpoint: bool = False
+    head: str = "auto"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for option in ("reduction", "every"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{option}={value!r}: must be a whole number, 1 or more")
+        choices = {
+            "taps": TAPS,
+            "kept": KEPT,
+            "gate": GATES,
+            "start": STARTS,
+            "init": INITS,
+            "head": HEADS,
+        }
+        for option, known in choices.items():
+            value = getattr(self, option)
+            if value not in known:
+                raise ValueError(f"{option}={value!r}: use one of {', '.join(known)}")
+        if not isinstance(self.checkpoint, bool):
+            raise ValueError(f"checkpoint={self.checkpoint!r}: must be True or False")
+        if self.kept != "exact" and self.taps in ("pooled", "selected"):
+            raise ValueError(f"kept={self.kept!r}: taps={self.taps!r} keep nothing; leave kept out")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in self.layers):
+            raise ValueError(f"layers={self.layers!r}: must be numbers of layers, from 0")
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers={self.layers!r}: names a layer twice")
+        if self.layers and self.every != 1:
+            raise ValueError(f"every={self.every} and layers={self.layers!r}: give one of the two")
+
+    @property
+    def uniform_layers(self) -> bool:
+        """Whether every block has a rung."""
+        return self.every == 1 and not self.layers
+
+    def rungs(self, num_layers: int) -> list[int]:
+        """The blocks of a stack that have a rung."""
+        if self.layers:
+            return sorted(self.layers)
+        return [index for index in range(num_layers) if (index + 1) % self.every == 0]
+
+    def check(self, facts: Facts) -> None:
+        """Needs repeated blocks that can be made narrower."""
+        kind = type(facts.model).__name__
+        stacks = facts.structure.stacks
+        if not stacks:
+            raise ValueError(f"{kind} has no list of repeated blocks to put a ladder beside")
+        encoder_decoder = bool(getattr(facts.config, "is_encoder_decoder", False))
+        if len(stacks) > 1 and not (encoder_decoder and len(stacks) == 2):
+            names = ", ".join(stack.name for stack in stacks)
+            raise ValueError(
+                f"{kind} has {len(stacks)} lists of repeated blocks ({names}), not one"
+            )
+        for stack in stacks:
+            count = len(stack.layers)
+            missing = [index for index in self.layers if index >= count]
+            if missing:
+                raise ValueError(
+                    f"layers={self.layers!r}: {stack.name} has {count} blocks, so that there is no "
+                    f"{missing[0]}; the last is {count - 1}"
+                )
+            if self.every > count:
+                raise ValueError(f"every={self.every} is more than the {count} blocks; lower it")
+            self._check_stack(facts, stack.layers[0], body_of(facts.model, stack))
+        if self.head == "trained" and not _behind(facts):
+            raise ValueError(f"head='trained': {kind} has nothing behind the join that could train")
+
+    def _check_stack(self, facts: Facts, block: nn.Module, body: str | None) -> None:
+        if body is not None:
+            config: Any = facts.model.get_submodule(body).config
+            if getattr(config, "num_attention_heads", None) is None:
+                raise ValueError(
+                    f"{type(block).__name__} has no attention heads that could be fewer"
+                )
+            narrow_config(config, self.reduction)  # refuses what it cannot divide
+
+    def claims(self, facts: Facts) -> list[Claim]:
+        """What trains, and the recomputation of the backbone's blocks, which have no backward."""
+        trained = set(self.trained_head(facts))
+        frozen = frozenset(name for name, _ in facts.parameters() if name not in trained)
+        return [
+            Claim(slot=Slot.ACTIVE_SET, scope=frozen),
+            Claim(slot=Slot.RECOMPUTE, scope=frozenset(facts.structure.layer_names)),
+        ]
+
+    def trained_head(self, facts: Facts) -> list[str]:
+        """Parameters of the model itself that train: behind the join."""
+        if self.head == "frozen":
+            return []
+        if self.head == "auto":
+            return task_head(facts.model, facts.structure)
+        return _behind(facts)
+
+    def attach(self, run: Session) -> Attachment:
+        """Freeze the backbone and hang the side network below it."""
+        return _Ladder(self, run)
+
+
+def _behind(facts: Facts) -> list[str]:
+    """Parameters behind the join: the task head, or a language model's head that is not tied."""
+    head = facts.structure.head
+    if head is None:
+        return task_head(facts.model, facts.structure)
+    names = [f"{head}.{name}" for name, _ in facts.model.get_submodule(head).named_parameters()]
+    return [name for name in names if name not in facts.structure.tied]
+
+
+class _Ladder(Attachment):
+    settings: Ladder
+
+    def __init__(self, settings: Ladder, run: Session) -> None:
+        super().__init__(settings, run)
+        trained = set(settings.trained_head(run.facts))
+        for name, parameter in run.model.named_parameters():
+            if name not in trained:
+                parameter.requires_grad_(False)
+        self._resting = build_ladder(run, settings)
+
+    def export(self, model: nn.Module) -> None:
+        """A side network is no part of any plain model."""
+        raise ValueError(
+            "a ladder's side network cannot be folded into the model's own weights; write it with "
+            "memrt.save_ladder(session, folder) and put it on its backbone with "
+            "memrt.load_ladder(model, folder)"
+        )
+
+    def detach(self) -> None:
+        """Let the backbone follow the model's mode again."""
+        for module in self._resting:
+            nn.Module.train(module, self.run.model.training)

@@ -1,0 +1,488 @@
+"""A ladder beside a frozen backbone: where it starts, what it keeps, what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memrt
+from memrt.errors import ConflictError
+from memrt.ladder.attach import CHILD
+from memrt.planning import plan
+from memrt.profiling.accounts import Account
+from memrt.runner import model_loss
+from memrt.session import Session
+from memrt.testing import FAMILIES
+from tests.strategies.runs import assert_equal, batch_of, counted, model_of, one_pass
+
+NARROW = "ladder(reduction=2)"
+WITHOUT_DROPOUT = {"attention_dropout": 0.0}
+
+
+def ladder(model: nn.Module, **settings: Any) -> Session:
+    given = ", ".join(f"{name}={value!r}" for name, value in {"reduction": 2, **settings}.items())
+    return memrt.prepare(model, [f"ladder({given})"], lr=1e-2)
+
+
+def logits(model: nn.Module, batch: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(**batch)["logits"]
+    return result
+
+
+def side_names(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters() if CHILD in name.split(".")}
+
+
+def step(session: Session, batch: Any) -> Tensor:
+    loss = session.train_micro_batch(lambda: model_loss(session.model, batch))
+    session.step()
+    return loss
+
+
+# ---------------------------------------------------------------- where it starts, what trains
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", [{}, {"taps": "low_rank", "gate": "vector"}], ids=str)
+def test_starts_as_the_backbone_to_the_bit_in_training_too(
+    family: str, settings: dict[str, Any]
+) -> None:
+    """With dropout in the model: the backbone drops nothing out, as in evaluation."""
+    model = model_of(family)
+    batch = batch_of(family)
+    expected = logits(model.eval(), batch)
+    session = ladder(model.train(), **settings)
+    assert torch.equal(logits(model, batch), expected)
+    step(session, batch)
+    step(session, batch)
+    assert not torch.equal(logits(model, batch), expected)
+    session.detach()
+    assert all(module.training for module in model.modules())
+    assert torch.equal(logits(model.eval(), batch), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_side_network_alone_trains_and_no_graph_reaches_the_backbone(family: str) -> None:
+    model = model_of(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    session = ladder(model)
+    reached: list[bool] = []
+    blocks = session.facts.structure.stacks[0].layers
+    hooks = [
+        block.register_forward_hook(lambda _m, _i, out: reached.append(out.requires_grad))
+        for block in blocks[:-1]
+    ]
+    side = {name: p.detach().clone() for name, p in model.named_parameters() if CHILD in name}
+    with session.micro_batch():
+        session.backward(model_loss(model, batch_of(family)))
+    graded = {name for name, p in model.named_parameters() if p.grad is not None}
+    session.step()
+    step(session, batch_of(family, seed=1))
+    assert reached == [False] * 2 * len(hooks)
+    assert graded == side_names(model)
+    moved = {n for n, p in model.named_parameters() if n in side and not torch.equal(p, side[n])}
+    assert moved == side_names(model)
+    assert_equal({n: t for n, t in model.state_dict().items() if CHILD not in n}, before)
+
+
+def test_a_user_s_own_gradients_at_the_input_do_not_open_the_backbone() -> None:
+    model = model_of("llama")
+    ladder(model)
+    embeddings = torch.randn(2, 5, 32, requires_grad=True)
+    model(inputs_embeds=embeddings)["logits"].sum().backward()
+    assert embeddings.grad is None
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+@contextmanager
+def saved(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What autograd saves in a session without stages, parameters and buffers left out."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in own:
+            found.setdefault(key, tensor)
+        return tensor
+
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+    kept += found.values()
+
+
+TAPPED = {"linear": 5, "low_rank": 5, "pooled": 0, "selected": 0}
+"""Backbone states that are kept beside a model of four blocks: the embeddings' and the blocks'."""
+
+
+@pytest.mark.parametrize("taps", TAPPED)
+def test_nothing_of_the_backbone_is_kept_but_the_taps(taps: str) -> None:
+    """Widths are told apart: hidden 64, MLP 160, vocabulary 99, side 16 and 40, 24 tokens."""
+    model = model_of("llama", hidden=64, intermediate_size=160)
+    session = ladder(model, reduction=4, taps=taps)
+    batch = batch_of("llama", length=24)
+    with saved(model) as kept, session.micro_batch():
+        hidden = model.model(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
+    states = [t for t in kept if t.untyped_storage().nbytes() == hidden.numel() * 4]
+    assert len(states) == TAPPED[taps]
+    sizes = {size for tensor in kept for size in tensor.shape}
+    assert not sizes & {160, 99}
+    wide = [t for t in kept if t.untyped_storage().nbytes() > hidden.numel() * 4]
+    assert not wide, "an attention matrix or a batch of logits"
+
+
+def activation_bytes(family: str, strategies: list[str], **overrides: Any) -> int:
+    model = model_of(family, **overrides)
+    timeline = counted(model, strategies, [batch_of(family, length=64)])
+    return timeline.account_maxima()[Account.ACTIVATIONS.value]
+
+
+def test_the_ledger_shows_each_tap_s_bytes() -> None:
+    """Against pooled taps, which keep nothing: five states of the backbone, whole or in 8 bits."""
+    shape: dict[str, Any] = {"hidden": 64}
+    tokens, states = 2 * 64, 5
+    pooled, linear, float8 = (
+        activation_bytes("llama", [f"ladder(reduction=4, {options})", "fused_loss"], **shape)
+        for options in ("taps='pooled'", "taps='linear'", "taps='linear', kept='float8'")
+    )
+    assert linear - pooled == states * tokens * 64 * 4
+    assert float8 - pooled == states * tokens * (64 + 4)
+
+
+def test_a_checkpointed_side_keeps_less_and_computes_the_same() -> None:
+    plain, less = (f"ladder(reduction=2, taps='pooled', checkpoint={c})" for c in (False, True))
+    shape: dict[str, Any] = {"hidden": 64, "layers": 8}
+    assert activation_bytes("llama", [less], **shape) < activation_bytes("llama", [plain], **shape)
+    model = model_of("llama")
+    batch = batch_of("llama")
+    one = one_pass(model, [plain], [batch])
+    other = one_pass(model, [less], [batch])
+    assert_equal(one.gradients, other.gradients)
+
+
+def test_a_hidden_state_dies_when_its_rung_has_read_it() -> None:
+    """With pooled taps no more of the backbone lives in a deep model than in a shallow one."""
+    peaks = []
+    for layers in (6, 12):
+        model = model_of("llama", hidden=64, layers=layers)
+        timeline = counted(
+            model,
+            ["ladder(reduction=4, taps='pooled', checkpoint=True)", "fused_loss(chunk_tokens=8)"],
+            [batch_of("llama", length=64)],
+        )
+        forward = timeline.peak(where=lambda region: region.phase == "forward")
+        peaks.append(forward.accounts["workspace"])
+    assert peaks[0] == peaks[1]
+
+
+# ---------------------------------------------------------------- gates, joins, rungs
+
+
+def test_a_closed_gate_shuts_the_backbone_out_and_an_open_one_lets_only_it_in() -> None:
+    model = model_of("llama").eval()
+    ladder(model, start="lst")
+    batch = batch_of("llama")
+    gates = [m.gate.parameter for m in model.modules() if hasattr(m, "gate") and m.gate is not None]
+    assert len(gates) == 4
+    seen: dict[str, Tensor] = {}
+
+    def after(index: int, value: float, change: float) -> Tensor:
+        """The side's last state, with a given gate and a changed output of one block."""
+        for gate in gates:
+            gate.data.fill_(value)
+        block = model.model.layers[index]
+        hook = block.mlp.register_forward_hook(lambda _m, _i, out: out + change)
+        side = model.model.layers[3].ladder.block
+        other = side.register_forward_hook(lambda _m, _i, out: seen.update(state=out))
+        logits(model, batch)
+        hook.remove()
+        other.remove()
+        return seen["state"]
+
+    for index in range(4):
+        assert torch.equal(after(index, 1e6, 0.0), after(index, 1e6, 1.0))
+    assert not torch.equal(after(3, -1e6, 0.0), after(3, -1e6, 1.0))
+    stem = model.model.layers[0].ladder.stem
+    expected = after(3, -1e6, 0.0)
+    stem.bias.data.add_(5.0)  # the side's own state plays no part
+    assert torch.equal(after(3, -1e6, 0.0), expected)
+
+
+def test_an_unreduced_ladder_with_open_gates_is_the_backbone() -> None:
+    for family, name in (("llama", "model.norm"), ("gpt2", "transformer.ln_f")):
+        model = model_of(family, hidden=64).eval()
+        ladder(model, reduction=1, taps="selected", start="lst")
+        for module in model.modules():
+            if getattr(module, "gate", None) is not None:
+                module.gate.parameter.data.fill_(1e6)
+        norm = model.get_submodule(name)
+        assert isinstance(norm.ladder.norm, nn.Module)
+        seen: dict[str, Tensor] = {}
+        norm.ladder.norm.register_forward_hook(recorder(seen, "side"))
+        norm.ladder.register_forward_pre_hook(recorder(seen, "backbone"))
+        logits(model, batch_of(family))
+        torch.testing.assert_close(seen["side"], seen["backbone"])
+
+
+def recorder(seen: dict[str, Tensor], key: str) -> Any:
+    """A hook, before or after a forward, that keeps the last thing it is given."""
+
+    def hook(_: nn.Module, *values: Any) -> None:
+        seen[key] = values[-1][0] if isinstance(values[-1], tuple) else values[-1]
+
+    return hook
+
+
+def test_qst_s_join_with_its_mixture_open_is_the_backbone() -> None:
+    model = model_of("llama").eval()
+    expected = logits(model, batch_of("llama"))
+    ladder(model, start="qst", gate="vector", taps="low_rank")
+    join = model.model.norm.ladder
+    join.mixture.data.fill_(1e6)
+    join.up.weight.data.zero_()
+    assert torch.equal(logits(model, batch_of("llama")), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "rungs"), [({"every": 2}, [1, 3]), ({"layers": (0, 2)}, [0, 2])]
+)
+def test_rungs_hang_where_they_are_asked(options: dict[str, Any], rungs: list[int]) -> None:
+    model = model_of("llama")
+    session = ladder(model, **options)
+    found = [i for i, layer in enumerate(model.model.layers) if layer.ladder.block is not None]
+    assert found == rungs
+    losses = [float(step(session, batch_of("llama", seed=0))) for _ in range(6)]
+    assert losses[-1] < losses[0]
+
+
+def test_parameter_counts_are_the_published_ones_of_lst() -> None:
+    """T5-base beside nine layers: 1.74 % of the model, with LST's own table of position biases."""
+    transformers = pytest.importorskip("transformers")
+    from memrt.profiling.fake import fake_tensors
+
+    config = transformers.T5Config(
+        d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12
+    )
+    kept = (1, 2, 3, 5, 6, 7, 9, 10, 11)
+    with fake_tensors():
+        model = transformers.T5ForConditionalGeneration(config)
+        ladder(model, reduction=8, layers=kept, start="lst", init="random")
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tables = 2 * 32 * 12  # here the backbone's own biases of the kept heads serve
+    backbone = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert round(100 * (count + tables) / backbone, 2) == 1.74
+
+
+# ---------------------------------------------------------------- starting weights
+
+
+def test_starting_weights_are_sub_matrices_along_one_set_of_channels() -> None:
+    model = model_of("llama", hidden=64, intermediate_size=128)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ladder(model, reduction=2)
+    layers = model.model.layers
+    channels = layers[0].ladder.tap.weight.argmax(dim=1)
+    assert torch.equal(channels, expected_channels(weights, 32))
+    for index, layer in enumerate(layers):
+        prefix = f"model.layers.{index}"
+        side = layer.ladder.block
+        assert torch.equal(layer.ladder.tap.weight.argmax(dim=1), channels)
+        up = weights[f"{prefix}.mlp.up_proj.weight"][:, channels]
+        neurons = [int((up == row).all(dim=1).nonzero()) for row in side.mlp.up_proj.weight]
+        assert neurons == sorted(neurons)
+        gate, down = (weights[f"{prefix}.mlp.{n}_proj.weight"] for n in ("gate", "down"))
+        assert torch.equal(side.mlp.gate_proj.weight, gate[neurons][:, channels])
+        assert torch.equal(side.mlp.down_proj.weight, down[channels][:, neurons])
+        query = weights[f"{prefix}.self_attn.q_proj.weight"][:, channels]
+        rows = [int((query == row).all(dim=1).nonzero()) for row in side.self_attn.q_proj.weight]
+        heads = [rows[i : i + 16] for i in range(0, len(rows), 16)]
+        assert all(head == list(range(head[0], head[0] + 16)) for head in heads)
+        assert all(head[0] % 16 == 0 for head in heads)
+        output = weights[f"{prefix}.self_attn.o_proj.weight"]
+        assert torch.equal(side.self_attn.o_proj.weight, output[channels][:, rows])
+
+
+def expected_channels(weights: dict[str, Tensor], count: int) -> Tensor:
+    """Brute force: the L1 norms of rows and columns, each weight's with a sum of one."""
+    total = torch.zeros(64)
+    for name, weight in weights.items():
+        if ".layers." in name and weight.ndim == 2:
+            axis = 0 if "o_proj" in name or "down_proj" in name else 1
+            norms = weight.abs().sum(dim=1 - axis)
+            total += norms / norms.sum()
+    return total.argsort(descending=True)[:count].sort().values
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_weights_depend_on_the_seed_alone(family: str) -> None:
+    found = []
+    for global_seed, seed in ((0, 1), (5, 1), (0, 2)):
+        model = model_of(family)
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        ladder(model, init="random", seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append({n: p.detach() for n, p in model.named_parameters() if CHILD in n})
+    assert_equal(found[0], found[1])
+    assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
+
+
+# ---------------------------------------------------------------- heads, outputs
+
+
+def test_a_task_head_trains_and_a_language_model_s_does_not() -> None:
+    transformers = pytest.importorskip("transformers")
+    from memrt.testing import tiny_config
+
+    torch.manual_seed(0)
+    config = tiny_config("bert", num_labels=2)
+    model = transformers.BertForSequenceClassification(config)
+    session = ladder(model)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad} - side_names(model)
+    pooler = {f"bert.pooler.dense.{part}" for part in ("weight", "bias")}
+    assert trained == {"classifier.weight", "classifier.bias"} | pooler
+    batch = {**batch_of("bert"), "labels": torch.tensor([0, 1])}
+    losses = [float(step(session, batch)) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    session.detach()
+    ladder(model, head="frozen")
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == side_names(model)
+
+
+def test_outputs_of_the_model_are_its_own() -> None:
+    model = model_of("llama").eval()
+    model.set_attn_implementation("eager")
+    options = {"output_hidden_states": True, "output_attentions": True}
+    plain = model(**batch_of("llama"), **options)
+    ladder(model)
+    ours = model(**batch_of("llama"), **options)
+    assert len(ours.hidden_states) == len(plain.hidden_states) == 5
+    assert len(ours.attentions) == 4
+    for one, other in zip(ours.hidden_states[:-1], plain.hidden_states[:-1], strict=True):
+        assert torch.equal(one, other)
+
+
+# ---------------------------------------------------------------- what it refuses, the plan
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reduction": 3}, "reduction=3 does not divide the model's hidden size of 32"),
+        ({"reduction": 4}, "make no heads of an even width of 16"),
+        ({"layers": (1, 4)}, "there is no 4; the last is 3"),
+        ({"every": 5}, "every=5 is more than the 4 blocks"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_the_model_is_refused(settings: dict[str, Any], message: str) -> None:
+    model = model_of("llama")
+    with pytest.raises(ConflictError, match=message):
+        ladder(model, **settings)
+    assert not side_names(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reduction": 0}, "reduction=0"),
+        ({"taps": "wide"}, "taps='wide': use one of linear"),
+        ({"layers": (1, 1)}, "twice"),
+        ({"layers": (-1,)}, "from 0"),
+        ({"layers": (1,), "every": 2}, "one of the two"),
+        ({"taps": "pooled", "kept": "float8"}, "keep nothing"),
+        ({"checkpoint": 1}, "True or False"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ladder(nn.Linear(2, 2), **settings)
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ConflictError, match="no list of repeated blocks"):
+        ladder(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+
+
+def test_blocks_that_cannot_be_made_narrower_are_refused() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x).view(-1, 2, 32)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    model = Model()
+    with pytest.raises(ValueError, match="a narrower copy of the block Block cannot be made"):
+        ladder(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not side_names(model)
+
+
+@pytest.mark.parametrize("other", ["activation_checkpoint", "lisa(layers=1)", "badam"])
+def test_who_recomputes_or_trains_the_backbone_is_refused_by_name(other: str) -> None:
+    with pytest.raises(
+        ConflictError, match=f"ladder.*{other.partition('(')[0]}|{other.partition('(')[0]}.*ladder"
+    ):
+        memrt.prepare(model_of("llama"), [NARROW, other])
+
+
+def test_70b_is_planned_from_a_few_layers() -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        use_cache=False,
+    )
+    found = plan(
+        config,
+        ["ladder(reduction=16, taps='pooled', checkpoint=True)", "fused_loss"],
+        sequence_length=2048,
+        dtype=torch.bfloat16,
+    )
+    assert found.simulated_layers == (4, 5, 6)
+    accounts = found.simulation.peak.accounts
+    # of the blocks, gates and ends: far below a hundredth of the backbone's
+    assert accounts["optimizer"] < 4 * 70_553_706_496 / 100
+    assert 2 * 70_553_706_496 < accounts["weights"] < 2.02 * 70_553_706_496
+
+
+def test_extrapolated_layers_equal_the_full_run() -> None:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=9,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
+        use_cache=False,
+    )
+    stack = ["ladder(reduction=4)", "fused_loss(chunk_tokens=8)", "int8_states"]
+    quick = plan(config, stack, batch_size=2, sequence_length=16)
+    whole = plan(config, stack, batch_size=2, sequence_length=16, full=True)
+    assert quick.simulated_layers == (4, 5, 6)
+    assert quick.simulation.peak.accounts == whole.simulation.peak.accounts
+    assert quick.simulation.account_maxima == whole.simulation.account_maxima
