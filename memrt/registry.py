@@ -29,6 +29,8 @@ ENTRY_POINT_GROUP = "memrt.strategies"
 
 _BUILT_IN = {
     "activation_checkpoint": "memrt.strategies.activation_checkpoint",
+    "apollo": "memrt.strategies.apollo",
+    "apollo_mini": "memrt.strategies.apollo_mini",
     "badam": "memrt.strategies.badam",
     "fused_loss": "memrt.strategies.fused_loss",
     "galore": "memrt.strategies.galore",

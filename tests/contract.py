@@ -37,6 +37,8 @@ __all__ = [
 
 SPECS: dict[str, str] = {
     "activation_checkpoint": "activation_checkpoint",
+    "apollo": "apollo(rank=4, every=3)",
+    "apollo_mini": "apollo_mini(every=3, scale=32.0)",
     "badam": "badam(every=2)",
     "fused_loss": "fused_loss(chunk_tokens=8)",
     "galore": "galore(rank=4, every=3)",
@@ -62,6 +64,8 @@ STACKS: list[list[str]] = [
     ["galore", "int8_states"],
     ["galore", "activation_checkpoint"],
     ["galore", "lisa"],
+    ["galore(rank=4, every=3, form='plain')", "lisa"],
+    ["apollo", "int8_states", "activation_checkpoint", "lisa"],
     ["ladder", "int8_states", "offload_activations"],
     ["badam", "int8_states", "activation_checkpoint"],
     ["activation_checkpoint", "offload_activations", "lisa", "int8_states"],
