@@ -29,6 +29,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "compare": "memrt.cli.compare",
     "compat": "memrt.cli.compat",
+    "doctor": "memrt.cli.doctor",
     "plan": "memrt.cli.plan",
     "profile": "memrt.cli.profile",
     "train": "memrt.cli.train",
@@ -43,6 +44,7 @@ Train models in less memory, and know where every byte is.
 
   memrt compare      fine-tune one model under several strategy stacks, print one table
   memrt compat       which strategies go together, and why others do not
+  memrt doctor       what works on this machine, what does not, why, and what to install
   memrt plan         what a run will need: no weights, no GPU, exit code 0 fits, 2 does not
   memrt profile      a real run: predicted, counted, allocator and driver side by side
   memrt train        a full fine-tune with evaluation, checkpoints, resume, and the report
