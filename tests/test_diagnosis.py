@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from memrt import diagnosis, machine
 from memrt.cli.main import main
-from memrt.diagnosis import Finding, Probe
+from memrt.findings import Finding, Probe
 from tests.packaging.source_tree import ROOT
 
 GIB = 2**30
