@@ -21,7 +21,7 @@ __all__ = ["COUNTED", "conditions_of", "deliver", "read_counted"]
 
 COUNTED = (
     *("peak_bytes", "accounts", "places", "owners", "region", "phases", "top_allocations"),
-    *("num_counted_steps", "monitor"),
+    *("account_maxima", "num_counted_steps", "monitor"),
 )
 """What the Trainer's memory report tells; None where there is none."""
 

@@ -1,0 +1,37 @@
+"""The methods whose quality is compared, each as a stack of strategies with its learning rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["BASELINE", "METHODS", "Method"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A stack, and the three learning rates that a short proxy chooses from."""
+
+    strategies: tuple[str, ...]
+    learning_rates: tuple[float, float, float]
+
+
+_DENSE = (1e-4, 3e-4, 1e-3)
+_LOW_RANK = (3e-4, 1e-3, 3e-3)
+
+BASELINE = "adamw"
+
+METHODS = {
+    BASELINE: Method(strategies=(), learning_rates=_DENSE),
+    "int8_states": Method(strategies=("int8_states",), learning_rates=_DENSE),
+    "lisa": Method(strategies=("lisa(every=10)",), learning_rates=_DENSE),
+    "badam": Method(strategies=("badam(every=10)",), learning_rates=_DENSE),
+    "galore": Method(strategies=("galore(rank=64, every=50)",), learning_rates=_LOW_RANK),
+    "galore, gradient formed": Method(
+        strategies=("galore(form='plain', rank=64, every=50)",), learning_rates=_LOW_RANK
+    ),
+    "galore + int8_states": Method(
+        strategies=("galore(rank=64, every=50)", "int8_states"), learning_rates=_LOW_RANK
+    ),
+}
+"""Ranks are a fifth of the model's width, as 128 is of the papers' small models; intervals are cut
+to runs of a few hundred steps, so that a run has as many of them as a long one."""

@@ -1,0 +1,178 @@
+"""Quality on real text: every method from one base model, against AdamW at equal steps.
+
+    MEMRT_DATA=folder python -m benchmarks.quality.run FOLDER                  # everything
+    MEMRT_DATA=folder python -m benchmarks.quality.run FOLDER --task gsm8k --methods adamw galore
+
+Trains the base model if FOLDER has none (`base_model`). For every task and method three short runs
+choose a learning rate by held-out loss, and one longer run with the best is the result. Each run is
+a `memrt train` in a folder of its own, so that its report holds loss, memory by account and speed.
+
+Resumable: a run that has its report is not repeated, so an interrupted command is given again.
+Budget on 2 cores: about 20 minutes for the base model, then 6 minutes a method and task. The result
+is written after every method, to `--output`, from all runs that are in FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality.base_model import TRAINING_TEXTS, train_base_model
+from benchmarks.quality.methods import BASELINE, METHODS, Method
+from benchmarks.record import RESULTS, conditions, make_record, write_record
+from memrt.cli.main import main as memrt
+
+__all__ = ["TASKS", "main"]
+
+CLAIM = "From one base model, at equal steps: what a method's memory costs in held-out loss."
+GOAL = "shown beside AdamW's; no bound is set on models this small"
+
+HERE = Path(__file__).parent
+TASKS: dict[str, dict[str, str]] = {
+    "gsm8k": {"data.path": "gsm8k-train.jsonl"},
+    "wikitext2": {"data.path": TRAINING_TEXTS[0], "data.evaluation_path": "wikitext2-valid.txt"},
+}
+
+
+def _train(
+    run: Path, *, base: Path, data: Path, task: str, method: Method, lr: float, steps: int
+) -> dict[str, Any]:
+    """The report of one run; that of an earlier command where there is one."""
+    report = run / "memrt" / "report.json"
+    if not (run / "done").exists():
+        code = memrt(
+            [
+                *("train", str(HERE / f"{task}.yaml"), "--output", str(run), "--overwrite"),
+                *(f"{name}={data / file}" for name, file in TASKS[task].items()),
+                *("model.path=" + str(base), "training.learning_rate=" + str(lr)),
+                *("training.max_steps=" + str(steps), f"strategies={list(method.strategies)}"),
+            ]
+        )
+        if code:
+            raise RuntimeError(f"memrt train ended with {code}: {run}")
+        for weights in run.glob("*.safetensors"):
+            weights.unlink()  # 50 MB that nobody asks for
+        (run / "done").touch()
+    found: dict[str, Any] = json.loads(report.read_text("utf-8"))
+    return found
+
+
+def _method_rows(
+    name: str, *, folder: Path, data: Path, task: str, proxy_steps: int, steps: int
+) -> dict[str, Any]:
+    """Three proxies and the full run of the best."""
+    method = METHODS[name]
+    where = {"base": folder / "model", "data": data, "task": task, "method": method}
+    slug = f"{task}-{name}".replace(" ", "_").replace(",", "")
+    proxies = {
+        lr: _train(
+            folder / "runs" / f"{slug}-{lr:g}-{proxy_steps}", lr=lr, steps=proxy_steps, **where
+        )
+        for lr in method.learning_rates
+    }
+    best = min(proxies, key=lambda lr: proxies[lr]["evaluation_loss"] or float("inf"))
+    full = _train(folder / "runs" / f"{slug}-{best:g}-{steps}", lr=best, steps=steps, **where)
+    return {
+        "task": task,
+        "method": name,
+        "strategies": list(method.strategies),
+        "learning_rate": best,
+        "proxy_losses": {f"{lr:g}": each["evaluation_loss"] for lr, each in proxies.items()},
+        **{
+            key: full[key] for key in ("evaluation_loss", "loss", "tokens_per_second", "peak_bytes")
+        },
+        "account_maxima": full["account_maxima"],
+    }
+
+
+def _base_loss(folder: Path, data: Path, task: str) -> float:
+    """The base model's own held-out loss: a run of one step with a learning rate of 0."""
+    run = folder / "runs" / f"{task}-base"
+    report = _train(
+        run,
+        base=folder / "model",
+        data=data,
+        task=task,
+        method=METHODS[BASELINE],
+        lr=0.0,
+        steps=1,
+    )
+    loss: float = report["evaluation_loss"]
+    return loss
+
+
+def _outcome(rows: list[dict[str, Any]], base: Mapping[str, float]) -> dict[str, Any]:
+    baseline = {row["task"]: row["evaluation_loss"] for row in rows if row["method"] == BASELINE}
+    summary = {
+        "base_evaluation_loss": dict(base),
+        "rows": [
+            {
+                **row,
+                "above_adamw": (
+                    row["evaluation_loss"] - baseline[row["task"]]
+                    if row["task"] in baseline
+                    else None
+                ),
+            }
+            for row in rows
+        ],
+    }
+    text = "; ".join(f"{row['task']} {row['method']}: {row['evaluation_loss']:.3f}" for row in rows)
+    return {
+        "repetitions": rows,
+        "summary": summary,
+        "met": None,
+        "reason": f"held-out loss: {text}",
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quality.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="where base model and runs are kept")
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--proxy-steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="default: benchmarks/results")
+    options = parser.parse_args(argv)
+    data = Path(os.environ.get("MEMRT_DATA", "")).resolve()
+    if not (data / TRAINING_TEXTS[0]).is_file():
+        parser.error(f"MEMRT_DATA={str(data)!r} must name the folder with the texts")
+    found = conditions(
+        configuration={"proxy_steps": options.proxy_steps, "steps": options.steps}, device="cpu"
+    )
+    if train_base_model(options.folder, data):
+        return 1
+    base, rows = {}, []
+    for task in options.task:
+        base[task] = _base_loss(options.folder, data, task)
+        for name in options.methods:
+            rows.append(
+                _method_rows(
+                    name,
+                    folder=options.folder,
+                    data=data,
+                    task=task,
+                    proxy_steps=options.proxy_steps,
+                    steps=options.steps,
+                )
+            )
+            record = make_record(
+                name="quality", claim=CLAIM, goal=GOAL, found=found, outcome=_outcome(rows, base)
+            )
+            print(f"wrote {write_record(record, options.output)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
