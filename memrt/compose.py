@@ -15,10 +15,15 @@ from memrt.strategy import EVERYTHING, Claim, Promise, Slot
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import nn
+
     from memrt.strategy import Strategy
     from memrt.structure import Facts, RunSettings
 
-__all__ = ["Participant", "check_all", "conflicts", "explain"]
+__all__ = ["MARK", "Participant", "check_all", "conflicts", "explain", "refuse_second_session"]
+
+MARK = "_memrt_strategies"
+"""The attribute of a model that names the strategies attached to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +36,13 @@ class Participant:
     breaks: frozenset[Promise] = frozenset()
 
 
-def _settings(settings: RunSettings) -> list[Participant]:
+def _settings(settings: RunSettings, strategies: Sequence[Strategy]) -> list[Participant]:
     outlive = Promise.GRADIENTS_OUTLIVE_BACKWARD
     rest = Promise.PARAMETERS_REST_IN_BACKWARD
     every = Promise.EVERY_PARAMETER_GETS_A_GRADIENT
     formed = Promise.GRADIENT_IS_FORMED
     found = []
-    if settings.max_grad_norm > 0:
+    if settings.max_grad_norm > 0 and not any(strategy.clips for strategy in strategies):
         found.append(
             Participant(
                 name=f"max_grad_norm={settings.max_grad_norm:g}", needs=frozenset({outlive})
@@ -63,7 +68,7 @@ def _settings(settings: RunSettings) -> list[Participant]:
 
 def participants(strategies: Sequence[Strategy], facts: Facts) -> list[Participant]:
     """Strategies and settings as equal parties."""
-    return _settings(facts.settings) + [
+    return _settings(facts.settings, strategies) + [
         Participant(
             name=strategy.name,
             claims=tuple(strategy.claims(facts)),
@@ -142,3 +147,13 @@ def explain(strategies: Sequence[Strategy], facts: Facts) -> str:
     problems = conflicts(strategies, facts)
     lines.extend(f"conflict: {problem}" for problem in problems)
     return "\n".join(lines)
+
+
+def refuse_second_session(model: nn.Module, strategies: Sequence[Strategy]) -> None:
+    """Strategies on top of another session's would wrap layers twice and inherit frozen ones."""
+    attached = vars(model).get(MARK)
+    if attached and strategies:
+        raise ValueError(
+            f"this model already carries {', '.join(attached)} of another session; call its "
+            "detach() (trainer.session.detach()) or load the model anew"
+        )

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["CheckpointWriteError", "ConflictError", "NonFiniteLossError", "nearest", "unknown_name"]
+__all__ = [
+    "CheckpointWriteError",
+    "ConflictError",
+    "NonFiniteGradientError",
+    "NonFiniteLossError",
+    "nearest",
+    "unknown_name",
+]
 
 
 class ConflictError(ValueError):
@@ -47,6 +54,20 @@ class NonFiniteLossError(FloatingPointError):
         super().__init__(
             f"the loss is {loss} at optimizer step {step}; the step was not applied and {saved}. "
             "Lower the learning rate, set max_grad_norm, or look at the batch of this step"
+        )
+
+
+class NonFiniteGradientError(FloatingPointError):
+    """A gradient became NaN or infinite when parameters had been updated in backward already."""
+
+    def __init__(self, *, step: int, strategy: str, checkpoint: str | None) -> None:
+        self.step = step
+        self.checkpoint = checkpoint
+        saved = f"go back to the last good checkpoint, {checkpoint}" if checkpoint else "start anew"
+        super().__init__(
+            f"a gradient is not finite at optimizer step {step}, and {strategy} has applied it: "
+            f"the weights of now are spoilt, {saved}. Lower the learning rate, or use "
+            f"{strategy}(clip='two_pass'), which skips such a step"
         )
 
 

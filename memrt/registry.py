@@ -35,6 +35,7 @@ _BUILT_IN = {
     "fused_loss": "memrt.strategies.fused_loss",
     "galore": "memrt.strategies.galore",
     "int8": "memrt.strategies.int8",
+    "in_backward": "memrt.strategies.in_backward",
     "int8_states": "memrt.strategies.int8_states",
     "ladder": "memrt.strategies.ladder",
     "lisa": "memrt.strategies.lisa",

@@ -6,14 +6,14 @@ Trainer makes its own.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from memrt import gradients
-from memrt.compose import check_all
+from memrt.compose import MARK, check_all, refuse_second_session
 from memrt.head import install_head
 from memrt.observer import Observer
 from memrt.optimizer_slots import build_optimizer
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["STATE_VERSION", "Session"]
 
 STATE_VERSION = 1
-
-_MARK = "_memrt_strategies"
 
 
 class Session:
@@ -62,11 +60,13 @@ class Session:
         self.step_index = 0
         self.micro_batch_index = 0
         self.last_micro_batch = True
+        self.last_checkpoint: str | None = None
+        """The folder of the last good checkpoint, for errors that send the user back to it."""
         self._in_step = False
         self._probe_batches = probe_batches
         self._mark = [strategy.name for strategy in self.strategies]
         check_all(self.strategies, self.facts)
-        _refuse_second_session(model, self.strategies)
+        refuse_second_session(model, self.strategies)
         self._surgery = Surgery(model)
         self._observer = Observer(ledger)
         self._mover = Mover(model, self._observer)
@@ -87,7 +87,7 @@ class Session:
         self._saved = SavedTensorChain(self.attachments, model, self._observer)
         self._observer.register_model(model)
         if self.strategies:
-            vars(model)[_MARK] = self._mark
+            vars(model)[MARK] = self._mark
 
     @property
     def ledger(self) -> Ledger | None:
@@ -121,6 +121,10 @@ class Session:
     def move(self, tensor: Tensor, place: Place | str) -> Tensor:
         """A copy of `tensor` in `place`. On CPU and fake runs it copies and marks the storage."""
         return self._mover.move(tensor, place)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        """A context whose storages the ledger counts in a phase of their own."""
+        return self._observer.phase(name, step=self.step_index)
 
     def account(self, tensor: Tensor, account: Account, *, owner: str) -> None:
         """Book a tensor in the ledger, if there is one."""
@@ -199,12 +203,16 @@ class Session:
 
     def backward(self, loss: Tensor) -> None:
         """Backward of a micro-batch's loss (divide it by the window's length before)."""
-        if self._backward_owner is not None:
+        owner = self._backward_owner
+        if owner is None:
+            torch.autograd.backward(loss)
+        elif _replaces_forward(owner):
             raise ValueError(
-                f"strategy {self._backward_owner.name!r} replaces backward; "
+                f"strategy {owner.name!r} replaces forward and backward; "
                 "call run.train_micro_batch instead of run.backward"
             )
-        torch.autograd.backward(loss)
+        else:
+            owner.backward(loss)
 
     @property
     def replaces_backward(self) -> bool:
@@ -214,7 +222,7 @@ class Session:
     def train_micro_batch(self, forward: Callable[[], Tensor], *, last: bool = True) -> Tensor:
         """Forward and backward of one micro-batch in one call; any strategy may own them."""
         with self.micro_batch(last=last):
-            if self._backward_owner is not None:
+            if self._backward_owner is not None and _replaces_forward(self._backward_owner):
                 return self._backward_owner.micro_batch(forward)
             loss = forward()
             self.backward(loss)
@@ -270,6 +278,12 @@ class Session:
     def gradient_norm(self) -> Tensor:
         """Global L2 norm of this step's gradient, hidden gradients included (0-dim fp32)."""
         return gradients.gradient_norm(self.model, self.attachments, self.device)
+
+    def clear_gradients(self) -> None:
+        """Drop this step's gradients, in `.grad` and what strategies keep elsewhere."""
+        self.model.zero_grad(set_to_none=True)
+        for attachment in self.attachments:
+            attachment.clear_gradients()
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """Scale every gradient so that the global norm is at most `max_norm`; returns the norm."""
@@ -347,8 +361,8 @@ class Session:
             attachment.detach()
         self.attachments = []
         self._surgery.undo()
-        if vars(self.model).get(_MARK) is self._mark:  # another session's stays
-            del vars(self.model)[_MARK]
+        if vars(self.model).get(MARK) is self._mark:  # another session's stays
+            del vars(self.model)[MARK]
         self._observer.drop()
 
     def drop_ledger(self) -> None:
@@ -375,11 +389,5 @@ class Session:
         self._observer.book(self.model, self.optimizer, self.attachments)
 
 
-def _refuse_second_session(model: nn.Module, strategies: Sequence[Strategy]) -> None:
-    """Strategies on top of another session's would wrap layers twice and inherit frozen ones."""
-    attached = vars(model).get(_MARK)
-    if attached and strategies:
-        raise ValueError(
-            f"this model already carries {', '.join(attached)} of another session; call its "
-            "detach() (trainer.session.detach()) or load the model anew"
-        )
+def _replaces_forward(owner: Attachment) -> bool:
+    return type(owner).backward is Attachment.backward

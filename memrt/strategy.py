@@ -68,7 +68,7 @@ class Promise(str, Enum):
     """What ordinary training guarantees and a strategy may need or break."""
 
     GRADIENTS_OUTLIVE_BACKWARD = "every gradient is there when backward is over"
-    PARAMETERS_REST_IN_BACKWARD = "no parameter changes before the step"
+    PARAMETERS_REST_IN_BACKWARD = "no parameter changes while the step still reads it"
     EVERY_PARAMETER_GETS_A_GRADIENT = "every parameter gets a gradient"
     BACKWARD_SEES_FORWARD = "backward sees the activations that forward computed"
     GRADIENT_IS_FORMED = "a weight's full gradient exists"
@@ -99,7 +99,8 @@ class Rule:
     """A part of the optimizer for the parameters that `match`; the first match of a slot wins.
 
     `build(name, parameter)` returns what the slot holds: the name of a state format for
-    `Slot.STATE_FORMAT`, a projection object for `Slot.PROJECTION`.
+    `Slot.STATE_FORMAT`, a projection object for `Slot.PROJECTION`, an optimizer class for
+    `Slot.UPDATE_RULE` (made with `options`), "backward" for `Slot.UPDATE_TIME`.
     """
 
     slot: Slot
@@ -129,6 +130,11 @@ class Strategy:
     def uniform_layers(self) -> bool:
         """Whether every repeated layer is treated alike, so that a plan may extrapolate layers."""
         return True
+
+    @property
+    def clips(self) -> bool:
+        """Whether it clips to `max_grad_norm` itself, and so needs no gradient after backward."""
+        return False
 
     def check(self, facts: Facts) -> None:
         """Refuse a model or a setting with `ValueError`; must not touch anything."""
@@ -225,6 +231,10 @@ class Attachment:
         """Replace forward and backward (`Slot.BACKWARD`); returns the loss."""
         raise NotImplementedError
 
+    def backward(self, loss: Tensor) -> None:
+        """Replace backward alone (`Slot.BACKWARD`), in place of `micro_batch`."""
+        raise NotImplementedError
+
     def loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
         """Head and loss from the head's input (`Slot.HEAD`)."""
         raise NotImplementedError
@@ -235,6 +245,13 @@ class Attachment:
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply gradients that are not in `.grad` by a 0-dim tensor (clipping)."""
+
+    def clear_gradients(self) -> None:
+        """Drop gradients that are not in `.grad`: the step is skipped, or backward runs again."""
+
+    def gradient_norms(self) -> Mapping[nn.Parameter, Tensor]:
+        """Norms (0-dim) of this step's gradients that were in `.grad` and have been applied."""
+        return {}
 
     def tensors(self) -> list[tuple[Tensor, Account]]:
         """Live tensors that the ledger should book to an account of this strategy's."""

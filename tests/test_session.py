@@ -560,7 +560,7 @@ def test_a_strategy_may_replace_backward() -> None:
 
 def test_backward_is_refused_where_a_strategy_owns_it() -> None:
     run = memrt.prepare(PlainModel(), [FiniteDifference()])
-    message = r"'finite_difference' replaces backward; call run.train_micro_batch"
+    message = r"'finite_difference' replaces forward and backward; call run.train_micro_batch"
     with run.micro_batch(), pytest.raises(ValueError, match=message):
         run.backward(model_loss(run.model, batch()))
     assert not memrt.prepare(PlainModel(), []).replaces_backward

@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "memrt.strategy",
         "memrt.structure",
         "memrt.surgery",
+        "memrt.update_time",
     ),
     ("memrt.strategies",),
     ("memrt.session",),
