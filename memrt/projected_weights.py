@@ -37,7 +37,6 @@ class ProjectedStrategy(Strategy):
     every: optimizer steps between two changes of a weight's projection.
     scale: factor on the projected update.
     targets: linear weights of the repeated layers: "all", "attention" or "mlp".
-    seed: of whatever is drawn.
     """
 
     phase: ClassVar[Phase] = Phase.UPDATE
@@ -46,7 +45,6 @@ class ProjectedStrategy(Strategy):
     every: int = 200
     scale: float = 0.25
     targets: str = "all"
-    seed: int = 42
 
     def __post_init__(self) -> None:
         for option in ("rank", "every"):

@@ -32,6 +32,7 @@ _BUILT_IN = {
     "apollo": "memrt.strategies.apollo",
     "apollo_mini": "memrt.strategies.apollo_mini",
     "badam": "memrt.strategies.badam",
+    "fira": "memrt.strategies.fira",
     "fused_loss": "memrt.strategies.fused_loss",
     "galore": "memrt.strategies.galore",
     "int8": "memrt.strategies.int8",

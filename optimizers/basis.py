@@ -52,7 +52,8 @@ class MovingBasis:
         self.refresh_count = 0
         self.frozen = False
         self.pending = False
-        self._align, self._device = align, torch.device(device)
+        self.device = torch.device(device)
+        self._align = align
         self._dtype = _DTYPES[format]
         self._columns: Tensor | None = None  # [size, rank]
 
@@ -101,7 +102,7 @@ class MovingBasis:
             raise ValueError(
                 f"basis is {tuple(basis.shape)}: give [{self.size}, k] with k at most {self.size}"
             )
-        self._columns = basis.detach().to(device=self._device, dtype=self._dtype, copy=True)
+        self._columns = basis.detach().to(device=self.device, dtype=self._dtype, copy=True)
         self.rank = basis.shape[1]
         self.frozen, self.pending = frozen, False
 
@@ -129,9 +130,9 @@ class MovingBasis:
             raise ValueError(
                 f"the saved basis is {tuple(basis.shape)}, not {expected}: resume with its rank"
             )
-        options: dict[str, Any] = {"device": self._device, "dtype": self._dtype}
+        options: dict[str, Any] = {"device": self.device, "dtype": self._dtype}
         self._columns = None if basis is None else basis.to(**options, copy=True)
         self.refresh_count = int(state["refresh_count"])
         self.pending = bool(state["refresh_pending"])
         self.frozen = bool(state["frozen"])
-        self.schedule.load_state_dict(state["schedule"], device=self._device)
+        self.schedule.load_state_dict(state["schedule"], device=self.device)

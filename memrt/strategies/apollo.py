@@ -56,6 +56,7 @@ class Apollo(ProjectedStrategy):
     scale: float = 1.0
     granularity: str = "channel"
     growth: float | None = 1.01
+    seed: int = 42
 
     def __post_init__(self) -> None:
         ProjectedStrategy.__post_init__(self)

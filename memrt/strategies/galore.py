@@ -71,6 +71,7 @@ class Galore(ProjectedStrategy):
 
     form: str = "gradient_free"
     norm: str = "projected"
+    seed: int = 42
 
     def __post_init__(self) -> None:
         ProjectedStrategy.__post_init__(self)
@@ -78,11 +79,13 @@ class Galore(ProjectedStrategy):
             raise ValueError(f"form={self.form!r}: use one of {', '.join(FORMS)}")
         if self.norm not in NORMS:
             raise ValueError(f"norm={self.norm!r}: use one of {', '.join(NORMS)}")
-        if self.form == "plain" and self.norm != "projected":
-            raise ValueError(
-                f"norm={self.norm!r} has no effect with form='plain', whose norm is always exact; "
-                "leave it out"
-            )
+        for option, default in (("norm", "projected"), ("seed", 42)):
+            value = getattr(self, option)
+            if self.form == "plain" and value != default:
+                raise ValueError(
+                    f"{option}={value!r} has no effect with form='plain', whose norm is exact and "
+                    "whose bases are not sketched; leave it out"
+                )
 
     @property
     def is_gradient_free(self) -> bool:

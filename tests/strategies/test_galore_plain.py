@@ -115,6 +115,8 @@ def test_what_cannot_be_is_refused() -> None:
         memrt.prepare(build("plain"), ["galore(form='fancy')"])
     with pytest.raises(ValueError, match=r"norm='exact' has no effect with form='plain'"):
         memrt.prepare(build("plain"), ["galore(form='plain', norm='exact')"])
+    with pytest.raises(ValueError, match=r"seed=7 has no effect with form='plain'"):
+        memrt.prepare(build("plain"), ["galore(form='plain', seed=7)"])
     with pytest.raises(ConflictError, match=r"targets='attention' matches no trainable linear"):
         memrt.prepare(build("plain"), ["galore(form='plain', targets='attention')"])
     # what shards the gradient may go with a formed one, and not with none
