@@ -51,9 +51,18 @@ class Gpu:
         return cls(text=text, total_bytes=int(float(match.group(1)) * unit))
 
     @staticmethod
-    def overheads(rounded_peak_bytes: int) -> list[Overhead]:
-        """What a device holds beside an allocator's peak of `rounded_peak_bytes`."""
+    def overheads(rounded_peak_bytes: int, worst_peak_bytes: int | None = None) -> list[Overhead]:
+        """What a device holds beside an allocator's peak of `rounded_peak_bytes`.
+
+        `worst_peak_bytes`: the peak when a router sends nearly all tokens to the same experts.
+        """
+        routing = []
+        if worst_peak_bytes is not None:
+            more = max(worst_peak_bytes - rounded_peak_bytes, 0)
+            source = "expected: all experts equally often; high: nearly all tokens to the same few"
+            routing.append(Overhead(name="routing", low=0, expected=0, high=more, source=source))
         return [
+            *routing,
             Overhead(
                 name="fragmentation",
                 source="0, 2 and 5 % of the peak; no bound is known",
@@ -75,9 +84,11 @@ class Gpu:
         ]
 
     @staticmethod
-    def required_bytes(rounded_peak_bytes: int) -> dict[str, int]:
+    def required_bytes(
+        rounded_peak_bytes: int, worst_peak_bytes: int | None = None
+    ) -> dict[str, int]:
         """Low, expected and high device bytes around the allocator's predicted peak."""
-        overheads = Gpu.overheads(rounded_peak_bytes)
+        overheads = Gpu.overheads(rounded_peak_bytes, worst_peak_bytes)
         return {
             bound: rounded_peak_bytes + sum(getattr(each, bound) for each in overheads)
             for bound in ("low", "expected", "high")

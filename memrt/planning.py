@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from memrt import registry
 from memrt.gpus import Gpu
 from memrt.profiling.extrapolate import Simulation, extrapolate, segment
-from memrt.profiling.fake import fake_tensors, real_integers, real_tensors
+from memrt.profiling.fake import (
+    Routing,
+    fake_floats,
+    fake_initialisers,
+    fake_tensors,
+    real_integers,
+    real_tensors,
+)
 from memrt.profiling.ledger import Ledger
 from memrt.profiling.report import SCHEMA, conditions
 from memrt.runner import Batch, model_loss, start, train_step
@@ -32,7 +39,7 @@ from memrt.structure import RunSettings, discover
 if TYPE_CHECKING:
     from memrt.strategy import Strategy
 
-__all__ = ["Plan", "Shape", "plan", "random_batches", "simulate"]
+__all__ = ["Plan", "Shape", "batches_of", "plan", "random_batches", "simulate"]
 
 DEPTHS = (4, 5, 6)
 """Depths that are simulated; at four, first, second, last but one and last layer are distinct."""
@@ -73,6 +80,8 @@ class Plan:
     gpu: Gpu | None = None
     seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
+    worst: Simulation | None = None
+    """The run with the most uneven routing; None for a model without a router."""
 
     @property
     def peak_bytes(self) -> int:
@@ -82,7 +91,12 @@ class Plan:
     @property
     def device_bytes(self) -> dict[str, int]:
         """What nvidia-smi would show at the peak: low, expected and high."""
-        return Gpu.required_bytes(self.simulation.rounded_peak_bytes)
+        return Gpu.required_bytes(self.simulation.rounded_peak_bytes, self.worst_rounded_peak_bytes)
+
+    @property
+    def worst_rounded_peak_bytes(self) -> int | None:
+        """The rounded peak of the worst routing; None for a model without a router."""
+        return None if self.worst is None else self.worst.rounded_peak_bytes
 
     @property
     def fits(self) -> bool | None:
@@ -98,6 +112,7 @@ class Plan:
             "tokens_per_second": None,
             "loss": None,
             "device_bytes": self.device_bytes,
+            "worst_rounded_peak_bytes": self.worst_rounded_peak_bytes,
             "gpu": None if self.gpu is None else self.gpu.to_json(),
             "fits": self.fits,
             "num_layers": self.num_layers,
@@ -122,6 +137,28 @@ def random_batches(vocabulary: int, shape: Shape, *, seed: int = 0) -> list[Batc
     return batches
 
 
+def batches_of(config: Any, shape: Shape) -> list[Batch]:
+    """One optimizer step's micro-batches for a model of this config: random ids, or images.
+
+    An image has the size that the config names; `sequence_length` says nothing about it.
+    """
+    if hasattr(config, "vocab_size"):
+        return random_batches(config.vocab_size, shape)
+    if not hasattr(config, "image_size"):
+        raise ValueError(
+            f"model_type {config.model_type!r} takes neither text nor images; pass window=..., "
+            "the micro-batches of one step"
+        )
+    size = config.image_size
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    pixels = torch.zeros(shape.batch_size, config.num_channels, height, width)
+    labels = torch.zeros(shape.batch_size, dtype=torch.int64)
+    return [
+        {"pixel_values": pixels.clone(), "labels": labels.clone()}
+        for _ in range(shape.accumulation_steps)
+    ]
+
+
 def simulate(
     build: Callable[[], nn.Module],
     strategies: Sequence[Strategy],
@@ -130,28 +167,35 @@ def simulate(
     settings: RunSettings,
     loss_of: Callable[[nn.Module, Batch], Tensor] = model_loss,
     steps: int = STEPS,
+    routing: Routing = "balanced",
 ) -> Simulation:
-    """Train `steps` optimizer steps on fake tensors and return what the ledger counted."""
+    """Train `steps` optimizer steps on fake tensors and return what the ledger counted.
+
+    `routing` says which experts a router picks, if the model has one.
+    """
     with ExitStack() as stack:
-        stack.enter_context(fake_tensors())
+        mode = stack.enter_context(fake_tensors())
         ledger = Ledger()
-        model = build()
-        stack.enter_context(real_integers())
+        window = [{name: fake_floats(mode, value) for name, value in b.items()} for b in window]
+        with fake_initialisers():
+            model = build()
+        integers = stack.enter_context(real_integers(routing))
         stack.enter_context(ledger)
         run = start(model, strategies, settings=settings, ledger=ledger, loss_of=loss_of)
         for _ in range(steps):
             train_step(run, window, read_values=False)
         structure = run.session.facts.structure
         ledger.close()
-    return Simulation.of(ledger.timeline, segment(structure.layer_of, structure.layer_names))
+    key = segment(structure.layer_of, structure.layer_names)
+    return Simulation.of(ledger.timeline, key, routed=integers.routed)
 
 
 def _with_depth(config: Any, depth: int) -> Any:
     shallow = copy.deepcopy(config)
     shallow.num_hidden_layers = depth
-    kinds = getattr(shallow, "layer_types", None)
-    if kinds:
-        shallow.layer_types = list(kinds)[:depth]
+    for name, value in vars(config).items():  # one entry a layer, such as `layer_types`
+        if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers:
+            setattr(shallow, name, list(value)[:depth])
     return shallow
 
 
@@ -197,16 +241,12 @@ def plan(
     parsed = registry.parse_all(strategies)
     settings = RunSettings(max_grad_norm=max_grad_norm, accumulation_steps=shape.accumulation_steps)
     began = time.perf_counter()
-    if isinstance(model, Callable) and not hasattr(model, "num_hidden_layers"):  # type: ignore[arg-type]
-        if window is None:
-            raise ValueError("window=None: a model given as a function needs its micro-batches")
-        simulation = simulate(model, parsed, window, settings=settings, loss_of=loss_of)
-        depths: tuple[int, ...] = ()
-        num_layers = 0
-    else:
-        simulation, num_layers, depths = _plan_config(
-            model, parsed, shape, settings, dtype, full, window, loss_of
-        )
+    arguments = (model, parsed, shape, dtype, full, window)
+    options: dict[str, Any] = {"settings": settings, "loss_of": loss_of}
+    simulation, num_layers, depths = _plan_model(*arguments, {**options, "routing": "balanced"})
+    worst = None
+    if simulation.routed:
+        worst, _, _ = _plan_model(*arguments, {**options, "routing": "worst"})
     return Plan(
         simulation=simulation,
         num_layers=num_layers,
@@ -214,6 +254,7 @@ def plan(
         shape=shape,
         strategies=tuple(str(strategy) for strategy in parsed),
         gpu=card,
+        worst=worst,
         seconds=time.perf_counter() - began,
         settings={
             "model": getattr(model, "model_type", str(model)),
@@ -227,39 +268,37 @@ def plan(
     )
 
 
-def _plan_config(
+def _plan_model(
     model: Any,
     strategies: Sequence[Strategy],
     shape: Shape,
-    settings: RunSettings,
     dtype: torch.dtype,
     full: bool,
     window: Sequence[Batch] | None,
-    loss_of: Callable[[nn.Module, Batch], Tensor],
+    options: dict[str, Any],
 ) -> tuple[Simulation, int, tuple[int, ...]]:
+    """The simulation, the number of layers, and the depths that were run."""
     from memrt.loading import load, resolve_config
 
+    if callable(model) and not hasattr(model, "num_hidden_layers"):
+        if window is None:
+            raise ValueError("window=None: a model given as a function needs its micro-batches")
+        return simulate(model, strategies, window, **options), 0, ()
     config = resolve_config(model)
 
     def build(some_config: Any) -> nn.Module:
         return load(some_config, strategies, dtype=dtype)
 
     with real_tensors():
-        batches = window or random_batches(config.vocab_size, shape)
+        batches = window or batches_of(config, shape)
 
     def at_depth(depth: int) -> Simulation:
-        return simulate(
-            lambda: build(_with_depth(config, depth)),
-            strategies,
-            batches,
-            settings=settings,
-            loss_of=loss_of,
-        )
+        return simulate(lambda: build(_with_depth(config, depth)), strategies, batches, **options)
 
     depth = int(getattr(config, "num_hidden_layers", 0))
     if not full and _extrapolates(config, strategies, build):
         found = extrapolate({d: at_depth(d) for d in DEPTHS}, depth)
         if found is not None:
             return found, depth, DEPTHS
-    whole = simulate(lambda: build(config), strategies, batches, settings=settings, loss_of=loss_of)
+    whole = simulate(lambda: build(config), strategies, batches, **options)
     return whole, depth, (depth,)

@@ -54,9 +54,13 @@ class Simulation:
     place_peaks: Mapping[str, int]
     account_maxima: Mapping[str, int]
     top_allocations: Sequence[Mapping[str, Any]]
+    routed: bool = False
+    """Whether a router picked experts, so that the bytes may depend on values."""
 
     @classmethod
-    def of(cls, timeline: Timeline, key: Callable[[Region], Segment]) -> Simulation:
+    def of(
+        cls, timeline: Timeline, key: Callable[[Region], Segment], *, routed: bool = False
+    ) -> Simulation:
         """Reduce a timeline."""
         rounded: dict[Segment, int] = {}
         for _, live, region in timeline.live_bytes(size=_rounded):
@@ -74,6 +78,7 @@ class Simulation:
             },
             account_maxima=timeline.account_maxima(),
             top_allocations=timeline.top_allocations(timeline.peak().instant),
+            routed=routed,
         )
 
     @property
@@ -157,6 +162,7 @@ def _forward(low: Simulation, high: Simulation, steps: int) -> Simulation | None
         place_peaks=places,
         account_maxima=maxima,
         top_allocations=high.top_allocations,
+        routed=high.routed,
     )
 
 

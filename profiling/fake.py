@@ -4,6 +4,11 @@ Under `FakeTensorMode` alone, models take another path: transformers treats fake
 and keeps masks that a real run drops, because a fake mask has no values to look at. So integer and
 boolean arithmetic runs for real inside the fake run (ids, masks, positions and labels are small),
 float work stays fake, and peak and accounts come out equal to the byte.
+
+What a mixture of experts makes of its tokens depends on values that no fake run has. So the experts
+that a router picks are named here, as real integers, whatever the model then does with them: all
+experts equally often (`"balanced"`), or each once and then the same few for all tokens (`"worst"`:
+an expert that no token goes to costs nothing, so the worst is not that all tokens are alike).
 """
 
 from __future__ import annotations
@@ -11,14 +16,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["fake_tensors", "real_tensors"]
+__all__ = [
+    "IntegersForReal",
+    "Routing",
+    "fake_floats",
+    "fake_initialisers",
+    "fake_tensors",
+    "is_fake",
+    "real_integers",
+    "real_tensors",
+]
+
+Routing = Literal["balanced", "worst"]
 
 # Above this many elements integer work stays fake too: 2^24 int64 are 128 MiB of host memory.
 _MAX_REAL_ELEMENTS = 1 << 24
@@ -41,8 +57,14 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-class _IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs operators on real integer and boolean tensors for real, below a fake mode."""
+
+    def __init__(self, routing: Routing) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.routing = routing
+        self.routed = False
+        """Whether a model picked something by value, as a router picks its experts."""
 
     def __torch_dispatch__(
         self,
@@ -55,6 +77,12 @@ class _IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._runs_for_real(func, args, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
+        if func._schema.name == "aten::topk" and _is_router(*args, **kwargs):
+            self.routed = True
+            values, _ = func(*args, **kwargs)
+            return values, _picks(values.shape, args[0].shape[-1], self.routing)
+        if func._schema.name == "aten::_grouped_mm" and args[0].dtype != torch.bfloat16:
+            return _grouped_mm(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _runs_for_real(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -72,6 +100,53 @@ class _IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return dtype in _REAL_DTYPES and math.prod(sizes) <= _MAX_REAL_ELEMENTS
 
 
+def _is_router(
+    scores: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> bool:
+    """Whether a top-k picks from the last dimension of fake scores [..., experts]."""
+    return isinstance(scores, FakeTensor) and scores.ndim > 1 and dim in (-1, scores.ndim - 1)
+
+
+def _picks(shape: torch.Size, num_choices: int, routing: Routing) -> Tensor:
+    """Real indices [..., k] of what every token picks of `num_choices`; never one thing twice."""
+    with unset_fake_temporarily():
+        picked = torch.arange(math.prod(shape)) % num_choices
+        if routing == "worst":
+            picked[num_choices:] = torch.arange(picked.numel() - num_choices) % shape[-1]
+        return picked.view(shape)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offsets: Tensor | None = None, **_: Any) -> Tensor:
+    """What aten::_grouped_mm returns; torch's own fake of it knows bf16 only (torch 2.13)."""
+    size = [a.shape[-2], b.shape[-1]]
+    if a.ndim == b.ndim:
+        groups = a.shape[0] if a.ndim == 3 or offsets is None else offsets.shape[0]
+        size = [groups, *size]
+    return torch.empty(size, dtype=a.dtype, device=a.device)
+
+
+class _Initialisers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Answers whether any fake draw is to be drawn again (`trunc_normal_` asks it): no."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func._schema.name == "aten::_local_scalar_dense" and args[0].dtype is torch.bool:
+            return False if isinstance(args[0], FakeTensor) else func(*args)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fake_initialisers() -> Iterator[None]:
+    """Inside `fake_tensors`, while a model is built: initialisers that look at their draws work."""
+    with _Initialisers():  # type: ignore[no-untyped-call]
+        yield
+
+
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
     """Inside, models and optimizers are built and run on fake CPU tensors."""
@@ -79,11 +154,16 @@ def fake_tensors() -> Iterator[FakeTensorMode]:
         yield mode
 
 
+def fake_floats(mode: FakeTensorMode, value: Tensor) -> Tensor:
+    """A batch's tensor inside `fake_tensors`: images become fake once and stay one storage."""
+    return mode.from_tensor(value) if value.is_floating_point() else value
+
+
 @contextmanager
-def real_integers() -> Iterator[None]:
+def real_integers(routing: Routing = "balanced") -> Iterator[IntegersForReal]:
     """Inside `fake_tensors`, after the model is built: integer arithmetic runs for real."""
-    with _IntegersForReal():  # type: ignore[no-untyped-call]
-        yield
+    with IntegersForReal(routing) as mode:
+        yield mode
 
 
 @contextmanager

@@ -39,9 +39,9 @@ def add_gpu(report: dict[str, Any], gpu: Gpu | None) -> None:
     """Add what a device holds beside the tensors, and whether it fits the card."""
     from memrt.gpus import Gpu
 
-    rounded = report["rounded_peak_bytes"]
-    report["device_bytes"] = Gpu.required_bytes(rounded)
-    report["overheads"] = [asdict(each) for each in Gpu.overheads(rounded)]
+    peaks = report["rounded_peak_bytes"], report.get("worst_rounded_peak_bytes")
+    report["device_bytes"] = Gpu.required_bytes(*peaks)
+    report["overheads"] = [asdict(each) for each in Gpu.overheads(*peaks)]
     report["gpu"] = None if gpu is None else gpu.to_json()
     report["fits"] = None if gpu is None else report["device_bytes"]["high"] <= gpu.total_bytes
 
