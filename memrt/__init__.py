@@ -18,6 +18,7 @@ if not (_here / "kernels").is_dir():
 
 if TYPE_CHECKING:
     from memrt.arguments import TrainingArguments
+    from memrt.callback import MemoryProfilerCallback
     from memrt.ladder_files import load_ladder, save_ladder
     from memrt.loading import load
     from memrt.plain_loop import prepare
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Attachment": "memrt.strategy",
     "MemoryMixin": "memrt.trainer",
+    "MemoryProfilerCallback": "memrt.callback",
     "Session": "memrt.session",
     "Strategy": "memrt.strategy",
     "Trainer": "memrt.trainer",
@@ -47,6 +49,7 @@ _PUBLIC = {
 __all__ = [
     "Attachment",
     "MemoryMixin",
+    "MemoryProfilerCallback",
     "Session",
     "Strategy",
     "Trainer",
