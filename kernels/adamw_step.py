@@ -1,0 +1,122 @@
+"""What AdamW steps on moments in few bits share: the update, groups of 128, and the last rounding.
+
+    p <- p * (1 - lr * weight_decay)
+    m <- beta1 * m + (1 - beta1) * g,     v <- beta2 * v + (1 - beta2) * g * g
+    p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+in fp32, in one order, without fused multiply-adds, so that moments have the same bits eagerly,
+compiled and in Triton. An element whose gradient is not finite is left alone, with its moments.
+Parameters differ by a rounding of root and quotient, which PyTorch itself rounds in two ways.
+
+Source: Loshchilov and Hutter, arXiv 1711.05101, in the order of torch.optim.AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from memrt.kernels.stochastic_rounding import random_bits_reference, stochastic_round_reference
+
+__all__ = [
+    "COMPILED_FROM_ELEMENTS",
+    "GROUP_SIZE",
+    "check_parameter",
+    "check_state",
+    "in_groups",
+    "key_tensor",
+    "num_groups",
+    "step_scalars",
+    "stepped",
+    "write_parameter",
+]
+
+GROUP_SIZE = 128
+# Compiled code is made for whole pieces; the rest of a parameter, and a parameter too small to be
+# worth some seconds of compiling, take the same steps eagerly.
+COMPILED_FROM_ELEMENTS = 2**18
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def num_groups(num_elements: int) -> int:
+    """How many groups cover `num_elements`, the last one ragged."""
+    return -(-num_elements // GROUP_SIZE)
+
+
+def in_groups(tensor: Tensor) -> Tensor:
+    """A flat tensor as [groups, 128], filled up with zeros."""
+    missing = num_groups(tensor.numel()) * GROUP_SIZE - tensor.numel()
+    return (pad(tensor, (0, missing)) if missing else tensor).view(-1, GROUP_SIZE)
+
+
+def step_scalars(
+    step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> list[float]:
+    """What the formula multiplies with in this step; computed in fp64, used in fp32."""
+    return [
+        1 - lr * weight_decay,
+        lr / (1 - beta1**step),
+        beta1,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        1 / (1 - beta2**step) ** 0.5,
+        eps,
+    ]
+
+
+def stepped(
+    p: Tensor, g: Tensor, m_before: Tensor, v_before: Tensor, scalars: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p, m and v after the step, all fp32 of one shape; `scalars` of `step_scalars`."""
+    decay, step_size, beta1, rest1, beta2, rest2, correction, eps = scalars.unbind()
+    m = beta1 * m_before + rest1 * g
+    v = beta2 * v_before + rest2 * g * g
+    p_after = p * decay - step_size * m / (v.sqrt() * correction + eps)
+    finite = g.abs() < torch.inf
+    return (
+        torch.where(finite, p_after, p),
+        torch.where(finite, m, m_before),
+        torch.where(finite, v, v_before),
+    )
+
+
+def key_tensor(parameter: Tensor, rounding_key: Sequence[int] | None, step: int) -> Tensor | None:
+    """Two words and the step, for `write_parameter`; None rounds to the nearest."""
+    if rounding_key is None or parameter.dtype is not torch.bfloat16:
+        return None
+    return torch.tensor([*rounding_key, step])
+
+
+def write_parameter(parameter: Tensor, p: Tensor, key: Tensor | None, first_index: Tensor) -> None:
+    """parameter <- p (fp32), both flat; `first_index` counts from the whole parameter's start."""
+    if key is not None:
+        index = first_index + torch.arange(p.numel(), device=p.device)
+        p = stochastic_round_reference(p, random_bits_reference(index, key, key[2]))
+    parameter.copy_(p)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_parameter(operator: str, parameter: Tensor, gradient: Tensor) -> None:
+    """Refuse dtypes and shapes that the step does not take."""
+    for name, tensor in (("parameter", parameter), ("gradient", gradient)):
+        if tensor.dtype not in SUPPORTED_DTYPES:
+            raise ValueError(f"{name} is {tensor.dtype}; {operator} takes fp32, bf16 and fp16")
+    if gradient.shape != parameter.shape:
+        raise ValueError(
+            f"gradient has shape {tuple(gradient.shape)}, the parameter {tuple(parameter.shape)}"
+        )
+
+
+def check_state(name: str, tensor: Tensor, *, num_elements: int, dtype: torch.dtype) -> None:
+    """Refuse a tensor of the state that is not laid out as the operator reads it."""
+    if tensor.dtype is not dtype or tensor.numel() != num_elements or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be {num_elements} contiguous elements of {dtype}, got "
+            f"{tensor.numel()} of {tensor.dtype}"
+        )
