@@ -28,7 +28,7 @@ because bitsandbytes decays before the update on the CPU and after it on CUDA.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -42,6 +42,9 @@ from memrt.kernels.dynamic_map import (
     num_blocks,
     quantize_blockwise_reference,
 )
+from memrt.kernels.stochastic_rounding import PIECE_ELEMENTS as ROUNDING_ELEMENTS
+from memrt.kernels.stochastic_rounding import SCRATCH_BYTES as ROUNDING_BYTES
+from memrt.kernels.stochastic_rounding import Rounding, stochastic_copy_
 from memrt.profiling.ledger import register_workspace
 
 __all__ = ["adamw_int8", "adamw_int8_reference", "workspace_bytes"]
@@ -123,13 +126,15 @@ def adamw_int8(
     beta2: float,
     eps: float,
     weight_decay: float,
+    rounding_key: Sequence[int] | None = None,
 ) -> None:
     """One AdamW step, in place on the parameter and its 8-bit moments.
 
     parameter, gradient: same shape; fp32, bf16 or fp16. exp_avg_codes, exp_avg_sq_codes: uint8,
     contiguous, as many elements. exp_avg_scales, exp_avg_sq_scales: fp32 [num_blocks]. exp_avg_map,
     exp_avg_sq_map: fp32 [256], `dynamic_map(signed=True)` and `dynamic_map(signed=False)`. step:
-    the number of this step, from 1; best on the host, for its value is read.
+    the number of this step, from 1; best on the host, for its value is read. rounding_key: of
+    `stochastic_rounding.rounding_key`, to round a bf16 parameter stochastically.
     """
     _check(parameter, gradient, exp_avg_codes, exp_avg_sq_codes, exp_avg_scales, exp_avg_sq_scales)
     update = partial(
@@ -150,8 +155,9 @@ def adamw_int8(
     grad = gradient.contiguous().view(-1)
     codes = (exp_avg_codes.view(-1), exp_avg_sq_codes.view(-1))
     scales = (exp_avg_scales, exp_avg_sq_scales)
+    rounding = _rounding(parameter, rounding_key, step)
     for piece in _pieces(0, weight.numel(), PIECE_ELEMENTS):
-        _update_piece(update, piece, weight, grad, codes, scales, 1 - lr * weight_decay)
+        _update_piece(update, piece, weight, grad, codes, scales, 1 - lr * weight_decay, rounding)
     if not parameter.is_contiguous():
         parameter.copy_(weight.view(parameter.shape))
     exp_avg_sq_codes.clamp_(min=1)
@@ -165,6 +171,7 @@ def _update_piece(
     codes: tuple[Tensor, Tensor],
     scales: tuple[Tensor, Tensor],
     decay: float,
+    rounding: Rounding | None,
 ) -> None:
     weight32, gradient32 = weight[piece].float(), gradient[piece].float()
     if decay != 1:
@@ -181,8 +188,19 @@ def _update_piece(
             absmax1=scales[0][blocks],
             absmax2=scales[1][blocks],
         )
-    if weight.dtype != torch.float32:
+    if rounding is not None:
+        stochastic_copy_(weight[piece], weight32, rounding=rounding, first_index=piece.start)
+    elif weight.dtype != torch.float32:
         weight[piece].copy_(weight32)
+
+
+def _rounding(
+    parameter: Tensor, rounding_key: Sequence[int] | None, step: Tensor
+) -> Rounding | None:
+    if rounding_key is None or parameter.dtype is not torch.bfloat16:
+        return None
+    first, second = rounding_key
+    return Rounding((first, second), step)
 
 
 @adamw_int8.register_fake
@@ -201,11 +219,14 @@ def _(
     beta2: float,
     eps: float,
     weight_decay: float,
+    rounding_key: Sequence[int] | None = None,
 ) -> None:
     _check(parameter, gradient, exp_avg_codes, exp_avg_sq_codes, exp_avg_scales, exp_avg_sq_scales)
 
 
-def workspace_bytes(parameter: Tensor, gradient: Tensor, *_: Any, **__: Any) -> int:
+def workspace_bytes(
+    parameter: Tensor, gradient: Tensor, *others: Any, rounding_key: object = None, **_: Any
+) -> int:
     """The most bytes of temporaries that are alive at once inside the operator."""
     num_elements = parameter.numel()
     num_bytes = 0
@@ -215,7 +236,12 @@ def workspace_bytes(parameter: Tensor, gradient: Tensor, *_: Any, **__: Any) -> 
         if tensor.dtype != torch.float32:
             num_bytes += 4 * min(num_elements, PIECE_ELEMENTS)
     if parameter.device.type == "cpu":
-        num_bytes += CPU_SCRATCH_BYTES * min(num_elements, CPU_PIECE_ELEMENTS)
+        scratch = CPU_SCRATCH_BYTES * min(num_elements, CPU_PIECE_ELEMENTS)
+        key = others[12] if len(others) > 12 else rounding_key
+        if key is not None and parameter.dtype is torch.bfloat16:
+            # rounding comes when bitsandbytes' scratch is gone
+            scratch = max(scratch, ROUNDING_BYTES * min(num_elements, ROUNDING_ELEMENTS))
+        num_bytes += scratch
     return num_bytes
 
 

@@ -69,4 +69,11 @@ def build_optimizer(
             {**group, "params": parameters, "state_format": label}
             for label, parameters in by_format.items()
         )
-    return AdamW(composed, projections=projections, **options), projections
+    optimizer = AdamW(
+        composed,
+        projections=projections,
+        stochastic_rounding=settings.stochastic_rounding,
+        rounding_seed=settings.seed,
+        **options,
+    )
+    return optimizer, projections

@@ -36,6 +36,7 @@ def prepare(
     betas: tuple[float, float] | None = None,
     eps: float | None = None,
     weight_decay: float | None = None,
+    stochastic_rounding: bool | None = None,
     max_grad_norm: float = 0.0,
     accumulation_steps: int = 0,
     seed: int = 42,
@@ -48,9 +49,11 @@ def prepare(
     AdamW's settings are torch's, but for a `weight_decay` of 0: `lr=1e-3, betas=(0.9, 0.999),
     eps=1e-8`. `accumulation_steps=0` says that the loop decides window by window. `optimizer`
     replaces the built one: it is refused together with settings of AdamW, which it would not heed,
-    and when a strategy brings a part of the optimizer.
+    and when a strategy brings a part of the optimizer. Where one does, bf16 weights are rounded
+    stochastically, or to the nearest with `stochastic_rounding=False`.
     """
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    given["stochastic_rounding"] = stochastic_rounding
     named = [f"{name}={value}" for name, value in given.items() if value is not None]
     if optimizer is not None and named:
         raise ValueError(
@@ -67,6 +70,7 @@ def prepare(
         accumulation_steps=accumulation_steps,
         optimizer="adamw" if optimizer is None else type(optimizer).__name__,
         seed=seed,
+        stochastic_rounding=stochastic_rounding is not False,
     )
     run = Session(
         model,
@@ -76,11 +80,20 @@ def prepare(
         probe_batches=probe_batches,
     )
     try:
+        _refuse_idle_rounding(run, stochastic_rounding)
         run.adopt_optimizer(_optimizer(run, optimizer, decay))
     except BaseException:
         run.detach()
         raise
     return run
+
+
+def _refuse_idle_rounding(run: Session, stochastic_rounding: bool | None) -> None:
+    if stochastic_rounding is not None and not run.rules():
+        raise ValueError(
+            f"stochastic_rounding={stochastic_rounding} has no effect: no strategy brings a part "
+            "of the optimizer, and torch's AdamW rounds to the nearest; leave it out"
+        )
 
 
 def _optimizer(

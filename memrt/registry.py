@@ -33,6 +33,7 @@ _BUILT_IN = {
     "apollo_mini": "memrt.strategies.apollo_mini",
     "badam": "memrt.strategies.badam",
     "fira": "memrt.strategies.fira",
+    "fp8_states": "memrt.strategies.fp8_states",
     "fused_loss": "memrt.strategies.fused_loss",
     "galore": "memrt.strategies.galore",
     "int8": "memrt.strategies.int8",

@@ -151,6 +151,8 @@ class RunSettings:
     label_smoothing: float = 0.0
     custom_loss: bool = False
     seed: int = 42
+    stochastic_rounding: bool = True
+    """Of bf16 weights, by the composed AdamW; torch's own rounds to the nearest."""
 
     def __post_init__(self) -> None:
         if not self.learning_rate >= 0:

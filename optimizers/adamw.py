@@ -11,11 +11,17 @@ default state format. A projected weight takes N from its projected gradient R i
 moments have R's shape, decay stays on W, and the projection lifts N (see `projection.py`, and
 `formed_projection.py` for weights that have a `.grad` as well).
 
-Bytes of state: `float32` 8 an element, `int8` 2.03 (`memrt.optimizers.state_formats`), of the
-projected shape where there is a projection; moments are fp32 or 8-bit for bf16 parameters too.
-Temporaries: none for fp32 parameters; fp32 copies of a bounded piece for others; for a projected
-weight 4 bytes an element of R, and what the projection needs. bf16 weights are rounded to nearest
-once a step (twice if projected and decayed: the decay is then lost below lr * weight_decay = 2^-9).
+Bytes of state: `float32` 8 an element, `fp8` 2.08, `int8` 2.03 (`memrt.optimizers.state_formats`),
+of the projected shape where there is a projection; never bf16. Temporaries: none for fp32
+parameters; fp32 copies of a bounded piece for others; for a projected weight 4 bytes an element of
+R, what the projection needs, and for a bf16 one that is rounded stochastically its fp32 copy.
+
+bf16 weights are rounded once a step, stochastically (`memrt.kernels.stochastic_rounding`): to the
+nearest, updates and decay below 2^-9 of a weight are lost. `stochastic_rounding=False` turns that
+off; a projected and decayed weight is then rounded twice.
+
+A step with a gradient that is not finite is left out whole and counted (`num_skipped_steps`):
+weights, moments and step counters stay. On CUDA the check waits for the gradients, once a step.
 
 Source: Loshchilov and Hutter, arXiv 1711.05101.
 """
@@ -30,6 +36,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from memrt.kernels.finite import all_finite
+from memrt.kernels.stochastic_rounding import Rounding, rounding_key, stochastic_copy_
 from memrt.optimizers.formed_projection import FormedProjection
 from memrt.optimizers.parameter_groups import check_group, check_storages
 from memrt.optimizers.projection import Projection
@@ -46,9 +54,11 @@ __all__ = ["AdamW", "Projection"]
 class AdamW(torch.optim.Optimizer):
     """AdamW with a state format for each parameter group and a projection for some weights.
 
-    params: as for any torch optimizer; a group may set `lr`, `betas`, `eps`, `weight_decay` and
-        `state_format`.
-    state_format: "float32" or "int8".
+    params: as for any torch optimizer; a group may set `lr`, `betas`, `eps`, `weight_decay`,
+        `state_format`, `stochastic_rounding` and `rounding_seed`.
+    state_format: a name in `memrt.optimizers.state_formats.STATE_FORMATS`.
+    stochastic_rounding: of bf16 weights; False rounds to the nearest. Others are not affected.
+    rounding_seed: what it rounds with, beside parameter, step and element; saved with the groups.
     projections: the weights whose gradient arrives projected and never as `.grad`, or is projected
         here (`FormedProjection`).
 
@@ -64,6 +74,8 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         state_format: str = "float32",
+        stochastic_rounding: bool = True,
+        rounding_seed: int = 0,
         projections: Mapping[nn.Parameter, Projection] | None = None,
     ) -> None:
         self._projections: dict[nn.Parameter, Projection] = dict(projections or {})
@@ -71,12 +83,16 @@ class AdamW(torch.optim.Optimizer):
             name: kind() for name, kind in STATE_FORMATS.items()
         }
         self._group_index: dict[nn.Parameter, int] = {}
+        self._number: dict[nn.Parameter, int] = {}
+        self.num_skipped_steps = 0
         defaults = {
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "state_format": state_format,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": rounding_seed,
         }
         super().__init__(params, defaults)
         known = {id(p) for group in self.param_groups for p in group["params"]}
@@ -98,25 +114,41 @@ class AdamW(torch.optim.Optimizer):
             raise
         index = len(self.param_groups) - 1
         self._group_index |= dict.fromkeys(self.param_groups[index]["params"], index)
+        for parameter in self.param_groups[index]["params"]:
+            self._number[parameter] = len(self._number)
 
     # ---------------------------------------------------------------- the step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient, if all gradients are finite."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not all_finite(list(self._gradients())):
+            self.num_skipped_steps += 1
+            return loss
         for group in self.param_groups:
             self._step_some(group, group["params"])
         return loss
+
+    def _gradients(self) -> Iterator[Tensor]:
+        """Every gradient of this step, projected ones among them."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None and parameter in self._projections:
+                    gradient = self._projections[parameter].gradient()
+                if gradient is not None:
+                    yield _dense(gradient)
 
     @torch.no_grad()
     def step_parameters(self, parameters: Iterable[nn.Parameter]) -> None:
         """One update of these alone, of those that have a gradient; the same bits as `step`.
 
-        Calls no step hooks: it is a part of a step, as when parameters are updated in backward.
+        Calls no step hooks: it is a part of a step, as when parameters are updated in backward. So
+        it cannot leave out a whole step, and does not look whether gradients are finite.
         """
         for parameter in parameters:
             group = self.param_groups[self._group_index[parameter]]
@@ -132,7 +164,8 @@ class AdamW(torch.optim.Optimizer):
             elif parameter.grad is not None:
                 form = self._format_of(group, parameter.shape)
                 state = self._state_of(parameter, form, parameter.shape)
-                update = Update(parameter, _dense(parameter.grad), state)
+                key = self._rounding_key(parameter, group)
+                update = Update(parameter, _dense(parameter.grad), state, key)
                 dense.setdefault(form.name, []).append(update)
         for name, updates in dense.items():
             self._formats[name].adamw(updates, settings)
@@ -164,13 +197,24 @@ class AdamW(torch.optim.Optimizer):
         form.adamw(
             [Update(direction, gradient, state)], replace(settings, lr=1.0, weight_decay=0.0)
         )
+        key = self._rounding_key(weight, group)
+        total: Tensor = weight if key is None else weight.float()  # rounded once, at the end
         if settings.weight_decay:
-            weight.mul_(1 - settings.lr * settings.weight_decay)
+            total.mul_(1 - settings.lr * settings.weight_decay)
         if isinstance(projection, FormedProjection):
             correction = _bias_correction(state["step"], settings)
-            projection.apply(weight, direction.neg_(), lr=settings.lr, correction=correction)
+            projection.apply(total, direction.neg_(), lr=settings.lr, correction=correction)
         else:
-            projection.apply(weight, direction.neg_(), lr=settings.lr)
+            projection.apply(total, direction.neg_(), lr=settings.lr)
+        if key is not None:
+            stochastic_copy_(weight, total, rounding=Rounding(key, state["step"]))
+
+    def _rounding_key(
+        self, parameter: nn.Parameter, group: dict[str, Any]
+    ) -> tuple[int, int] | None:
+        if not group["stochastic_rounding"] or parameter.dtype is not torch.bfloat16:
+            return None
+        return rounding_key(group["rounding_seed"], self._number[parameter])
 
     def _format_of(self, group: dict[str, Any], shape: tuple[int, ...]) -> StateFormat:
         form = self._formats[group["state_format"]]
@@ -198,6 +242,10 @@ class AdamW(torch.optim.Optimizer):
         for form in self._formats.values():
             yield from form.shared_tensors()
 
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, and how many steps were skipped."""
+        return {**super().state_dict(), "num_skipped_steps": self.num_skipped_steps}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, in its own dtypes, onto the parameters' devices.
 
@@ -213,6 +261,7 @@ class AdamW(torch.optim.Optimizer):
         def give(_: torch.optim.Optimizer) -> None:
             for parameter, state in loaded.items():
                 self.state[parameter] = state
+            self.num_skipped_steps = int(state_dict.get("num_skipped_steps", 0))
 
         # after the user's own hooks, and before them: both see what they would see with torch
         before = self.register_load_state_dict_pre_hook(take)
@@ -250,6 +299,8 @@ class AdamW(torch.optim.Optimizer):
             "_projections": self._projections,
             "_formats": self._formats,
             "_group_index": self._group_index,
+            "_number": self._number,
+            "num_skipped_steps": self.num_skipped_steps,
         }
 
 

@@ -27,6 +27,9 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(
             f"state_format={group['state_format']!r} is not known; use one of {list(STATE_FORMATS)}"
         )
+    for name, kind in (("stochastic_rounding", bool), ("rounding_seed", int)):
+        if type(group[name]) is not kind:
+            raise ValueError(f"{name}={group[name]!r} is not a {kind.__name__}; give one")
     for name in _FOREIGN_SETTINGS:
         if group.get(name):
             raise ValueError(f"{name}={group[name]!r} has no effect in this AdamW; remove it")

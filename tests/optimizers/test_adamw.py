@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from memrt.optimizers.adamw import AdamW
+from memrt.optimizers.state_formats import STATE_FORMATS
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 SHAPES = [(80, 64), (64,), (3, 5, 7), (1,), (0, 4)]
@@ -204,7 +205,8 @@ def test_int8_has_the_bits_of_bitsandbytes_on_the_cpu(dtype: torch.dtype) -> Non
     from bitsandbytes.optim import AdamW8bit
 
     ours, theirs = new_parameters([LARGE, (5001,)], dtype), new_parameters([LARGE, (5001,)], dtype)
-    optimizer, known = AdamW(ours, **SETTINGS, state_format="int8"), AdamW8bit(theirs, **SETTINGS)
+    optimizer = AdamW(ours, **SETTINGS, state_format="int8", stochastic_rounding=False)
+    known = AdamW8bit(theirs, **SETTINGS)
     train(optimizer, ours, range(6))
     train(known, theirs, range(6))
     assert_same(ours, theirs)
@@ -246,7 +248,7 @@ def test_formats_mix_between_groups() -> None:
 # ---------------------------------------------------------------- projections
 
 
-@pytest.mark.parametrize("state_format", ["float32", "int8"])
+@pytest.mark.parametrize("state_format", ["float32", "int8", "fp8"])
 def test_identity_projection_is_adamw(state_format: str) -> None:
     """The same update by another route: equal up to the roundings of N and of lr * N."""
     (ours,), (theirs,) = new_parameters([LARGE]), new_parameters([LARGE])
@@ -329,6 +331,112 @@ def test_a_rank_that_changes_under_the_state_is_refused() -> None:
         optimizer.step()
 
 
+# ---------------------------------------------------------------- bf16 weights
+
+
+def test_stochastic_rounding_is_on_and_can_be_turned_off() -> None:
+    """Equal parameters get rounding of their own; another seed gives another."""
+    results = {}
+    for label, options in {
+        "default": {},
+        "seeded": {"rounding_seed": 1},
+        "nearest": {"stochastic_rounding": False},
+    }.items():
+        weights = [nn.Parameter(torch.ones(128).bfloat16()) for _ in range(2)]
+        optimizer = AdamW(weights, lr=1e-3, weight_decay=0.0, **options)
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        results[label] = [weight.detach().clone() for weight in weights]
+    assert optimizer.param_groups[0]["stochastic_rounding"] is False
+    assert not torch.equal(*results["default"])
+    assert not torch.equal(results["default"][0], results["seeded"][0])
+    assert torch.equal(results["nearest"][0], torch.ones(128).bfloat16())
+
+
+@pytest.mark.parametrize("state_format", list(STATE_FORMATS))
+def test_a_projected_bf16_weight_keeps_small_decays_in_the_mean(state_format: str) -> None:
+    """lr * weight_decay = 2^-12 of 1: 64 steps take 1.6 % off, or to the nearest nothing."""
+    for stochastic, expected in ((True, (1 - 2**-12) ** 64), (False, 1.0)):
+        weight = nn.Parameter(torch.ones(80, 64).bfloat16())
+        lift = Lift(torch.eye(80), 64)
+        lift.low_rank = torch.zeros(80, 64)
+        optimizer = AdamW(
+            [weight],
+            lr=2**-6,
+            weight_decay=2**-6,
+            state_format=state_format,
+            stochastic_rounding=stochastic,
+            projections={weight: lift},
+        )
+        for _ in range(64):
+            optimizer.step()
+        # 64 steps of 2^-8 with probability 1/16 in each of 5120 weights; five standard deviations
+        assert weight.float().mean().item() == pytest.approx(expected, abs=5 * 2 * 2**-8 / 71)
+
+
+def test_rounding_goes_on_in_a_resumed_run_with_the_saved_seed() -> None:
+    whole = new_parameters([LARGE, SMALL], torch.bfloat16)
+    optimizer = AdamW(whole, **SETTINGS, rounding_seed=5)
+    train(optimizer, whole, range(2))
+    second = [nn.Parameter(parameter.detach().clone()) for parameter in whole]
+    resumed = AdamW(second, **SETTINGS)
+    resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    train(optimizer, whole, range(2, 4))
+    train(resumed, second, range(2, 4))
+    assert_same(second, whole)
+
+
+# ---------------------------------------------------------------- gradients that are not finite
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("state_format", list(STATE_FORMATS))
+def test_a_gradient_that_is_not_finite_skips_the_whole_step(state_format: str, bad: float) -> None:
+    parameters = new_parameters([LARGE, SMALL])
+    optimizer = AdamW(parameters, **SETTINGS, state_format=state_format)
+    train(optimizer, parameters, range(2))
+    weights = [parameter.detach().clone() for parameter in parameters]
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    give_gradients(parameters, 2)
+    parameters[1].grad[7] = bad
+    optimizer.step()
+    assert optimizer.num_skipped_steps == 1
+    assert_same(parameters, weights)
+    for leaf, kept in zip(
+        tree_leaves(optimizer.state_dict()["state"]), tree_leaves(state), strict=True
+    ):
+        assert torch.equal(leaf, kept) if isinstance(leaf, Tensor) else leaf == kept
+    train(optimizer, parameters, range(3, 4))
+    assert optimizer.num_skipped_steps == 1
+    assert optimizer.state[parameters[0]]["step"] == 3
+    resumed = AdamW(parameters, state_format=state_format)
+    resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    assert resumed.num_skipped_steps == 1
+
+
+def test_a_projected_gradient_that_is_not_finite_skips_the_step_too() -> None:
+    weight, other = new_parameters([LARGE, SMALL])
+    lift = Lift(torch.eye(80), 64)
+    optimizer = AdamW([weight, other], **SETTINGS, projections={weight: lift})
+    lift.low_rank = torch.full((80, 64), torch.nan)
+    other.grad = torch.ones_like(other)
+    before = [weight.detach().clone(), other.detach().clone()]
+    optimizer.step()
+    assert optimizer.num_skipped_steps == 1
+    assert_same([weight, other], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_large_finite_gradients_are_not_skipped(dtype: torch.dtype) -> None:
+    """Their sum and their squares are infinite, each of them is not."""
+    (weight,) = new_parameters([(512, 8)], dtype)
+    optimizer = AdamW([weight], **SETTINGS)
+    weight.grad = torch.full_like(weight, torch.finfo(dtype).max)
+    optimizer.step()
+    assert optimizer.num_skipped_steps == 0
+
+
 # ---------------------------------------------------------------- saving and loading
 
 
@@ -341,7 +449,7 @@ def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("state_format", ["float32", "int8"])
+@pytest.mark.parametrize("state_format", list(STATE_FORMATS))
 def test_resume_is_exact(state_format: str, dtype: torch.dtype) -> None:
     whole = new_parameters([LARGE, SMALL], dtype)
     train(AdamW(whole, **SETTINGS, state_format=state_format), whole, range(8))
@@ -470,6 +578,8 @@ def test_copies_work() -> None:
         ({"eps": float("nan")}, "eps=nan"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"state_format": "int7"}, "state_format='int7'.*float32.*int8"),
+        ({"stochastic_rounding": 1}, "stochastic_rounding=1 is not a bool"),
+        ({"rounding_seed": 0.5}, "rounding_seed=0.5 is not a int"),
     ],
 )
 def test_wrong_settings_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -565,7 +675,7 @@ def born_in_two_steps(
 
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("state_format", ["float32", "int8"])
+@pytest.mark.parametrize("state_format", list(STATE_FORMATS))
 def test_a_fake_run_allocates_what_a_real_run_does(
     state_format: str, dtype: torch.dtype, projected: bool
 ) -> None:
@@ -576,7 +686,7 @@ def test_a_fake_run_allocates_what_a_real_run_does(
     born, state_bytes = real
 
     large = 72 * 64 if projected else 80 * 64
-    bytes_an_element = 8 if state_format == "float32" else 2 + 8 / 256
+    bytes_an_element = {"float32": 8, "int8": 2 + 8 / 256, "fp8": 2 + 10 / 128}[state_format]
     assert state_bytes == large * bytes_an_element + 4 + (8 * 64 + 4)
     expected = state_bytes + (2048 if state_format == "int8" else 0)  # and the code maps
     if projected:
@@ -585,6 +695,8 @@ def test_a_fake_run_allocates_what_a_real_run_does(
         expected += 2 * (8 * 64 + 4)
         if state_format == "float32" and not projected:
             expected += 2 * (8 * large + 4)
+        if projected:  # the fp32 copy that is rounded stochastically
+            expected += 2 * 4 * 80 * 64
     assert sum(num_bytes for _, num_bytes in born) == expected
 
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from memrt.optimizers import state_formats
+from memrt.kernels.stochastic_rounding import random_bits_reference, stochastic_round_reference
+from memrt.optimizers import float32_state
 from memrt.optimizers.state_formats import (
-    MIN_INT8_ELEMENTS,
+    MIN_QUANTIZED_ELEMENTS,
     STATE_FORMATS,
     AdamWSettings,
     Float32,
+    Fp8,
     Int8,
     Update,
 )
@@ -55,7 +57,9 @@ def test_bytes_an_element_are_what_the_docstring_says() -> None:
     assert Int8().state_bytes(shape) == (2 + 8 / 256) * num_elements + 4
     # a ragged last block has scales of its own
     assert Int8().state_bytes((4097,)) == 2 * 4097 + 8 * 17 + 4
-    assert Int8.min_elements == MIN_INT8_ELEMENTS == 4096
+    assert Fp8().state_bytes(shape) == (2 + 10 / 128) * num_elements + 4
+    assert Fp8().state_bytes((4097,)) == 2 * 4097 + 10 * 33 + 4
+    assert Int8.min_elements == Fp8.min_elements == MIN_QUANTIZED_ELEMENTS == 4096
 
 
 @pytest.mark.parametrize(
@@ -137,7 +141,7 @@ def test_pieces_change_neither_result_nor_step(monkeypatch: pytest.MonkeyPatch) 
     weight, slope = torch.randn(5001).bfloat16(), torch.randn(5001).bfloat16()
     results = []
     for size in (2**22, 512):
-        monkeypatch.setattr(state_formats, "PIECE_ELEMENTS", size)
+        monkeypatch.setattr(float32_state, "PIECE_ELEMENTS", size)
         parameter, state = weight.clone(), Float32().create((5001,), DEVICE)
         for _ in range(3):
             Float32().adamw([Update(parameter, slope, state)], SETTINGS)
@@ -157,7 +161,7 @@ def test_pieces_change_neither_result_nor_step(monkeypatch: pytest.MonkeyPatch) 
 def test_temporaries_are_bounded_by_a_piece(
     dtype: torch.dtype, expected_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state_formats, "PIECE_ELEMENTS", 1024)
+    monkeypatch.setattr(float32_state, "PIECE_ELEMENTS", 1024)
     parameter, gradient = torch.randn(5001).to(dtype), torch.randn(5001).to(dtype)
     state = Float32().create((5001,), DEVICE)
     with LiveBytes([parameter, gradient, *state.values()]) as seen:
@@ -175,3 +179,62 @@ def test_code_maps_exist_once() -> None:
     form.adamw(updates, SETTINGS)
     assert sum(tensor.untyped_storage().nbytes() for tensor in form.shared_tensors()) == 2048
     assert all(update.state["step"] == 2 for update in updates)
+
+
+# ---------------------------------------------------------------- every format
+
+
+QUANTIZED = [name for name in STATE_FORMATS if name != "float32"]
+KEY = (123456789, 987654321)
+
+
+@pytest.mark.parametrize("name", list(STATE_FORMATS))
+def test_five_hundred_zero_gradients_do_not_drift(name: str) -> None:
+    """After moments have died away a weight does nothing but decay."""
+    form, parameter = STATE_FORMATS[name](), torch.randn(4096)
+    state = form.create((4096,), DEVICE)
+    for _ in range(10):
+        form.adamw([Update(parameter, torch.randn(4096), state)], SETTINGS)
+    zero, start = torch.zeros(4096), parameter.clone()
+    for step in range(500):
+        form.adamw([Update(parameter, zero, state)], SETTINGS)
+        if step == 150:
+            resting = parameter.clone()
+    decay = (1 - SETTINGS.lr * SETTINGS.weight_decay) ** 349
+    torch.testing.assert_close(parameter, resting * decay, rtol=349 * 2**-24, atol=2e-5)
+    # what the last moments did before: sum of 0.9^t / sqrt(0.99^t) steps of lr at most
+    assert (parameter - start * (1 - SETTINGS.lr * SETTINGS.weight_decay) ** 500).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("name", list(STATE_FORMATS))
+def test_bf16_weights_take_updates_that_rounding_to_the_nearest_loses(name: str) -> None:
+    """Steps of 1e-4 on weights of 1, where bf16 has steps of 2^-8 below and 2^-7 above."""
+    settings = AdamWSettings(lr=1e-4, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
+    moved = {}
+    for key in (None, KEY):
+        form, parameter = STATE_FORMATS[name](), torch.ones(4096).bfloat16()
+        state = form.create((4096,), DEVICE)
+        for _ in range(50):
+            update = Update(parameter, torch.ones_like(parameter), state, key)
+            form.adamw([update], settings)
+        moved[key] = (1 - parameter.float()).mean().item()
+    assert moved[None] == 0
+    # 50 steps of 2^-8 with probability 0.026 in each of 4096 weights; five standard deviations
+    assert moved[KEY] == pytest.approx(50e-4, abs=5 * (50 * 0.026) ** 0.5 * 2**-8 / 64)
+
+
+@pytest.mark.parametrize("name", list(STATE_FORMATS))
+def test_stochastic_rounding_is_of_the_fp32_weight(name: str) -> None:
+    """And reproducible: of the key, the step and the element, in pieces or whole."""
+    weight, slope = torch.randn(5001).bfloat16(), torch.randn(5001)
+    results = []
+    for parameter in (weight.clone(), weight.clone(), weight.float()):
+        form = STATE_FORMATS[name]()
+        state = form.create((5001,), DEVICE)
+        form.adamw([Update(parameter, slope, state, KEY)], SETTINGS)
+        results.append(parameter)
+    once, again, exact = results
+    assert torch.equal(once, again)
+    index = torch.arange(5001)
+    bits = random_bits_reference(index, torch.tensor(KEY), torch.tensor(1))
+    assert torch.equal(once, stochastic_round_reference(exact, bits))

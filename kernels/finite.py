@@ -1,0 +1,28 @@
+"""Whether every element of some tensors is a finite number: one pass over them, and one answer.
+
+The answer is read on the host, because what follows is done or left out as a whole; on CUDA that
+waits for the device once. Under fake tensors, which have no values, the answer is yes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+__all__ = ["all_finite"]
+
+
+@torch.library.custom_op("memrt::all_finite", mutates_args=())
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """True where no element is NaN or infinite; of no element at all, too."""
+    known = [tensor for tensor in tensors if tensor.numel()]
+    # the largest magnitude is a number of the tensor itself: it cannot overflow, as a sum would
+    return bool(get_total_norm(known, norm_type=torch.inf).isfinite()) if known else True
+
+
+@all_finite.register_fake
+def _(tensors: Sequence[Tensor]) -> bool:
+    return True
