@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memrt import registry
 from memrt.ladder.attach import CHILD
-from memrt.registry import from_json
 from memrt.session import Session
 from memrt.strategies.ladder import Ladder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from memrt.structure import RunSettings
+    from memrt.strategy import Strategy
 
 __all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "fingerprint", "load_ladder", "save_ladder"]
 
@@ -60,17 +60,21 @@ def save_ladder(run: Session, folder: str | Path) -> Path:
 
 
 def load_ladder(
-    model: nn.Module, folder: str | Path, *, settings: RunSettings | None = None
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    strategies: Sequence[str | Strategy | Mapping[str, Any]] = (),
 ) -> Session:
     """Put a saved side network on its backbone; no trainer is needed to run the model then.
 
-    Returns the session, whose `detach()` takes the side network off again.
+    `strategies` are what the backbone carries beside it, such as "nf4". Returns the session, whose
+    `detach()` takes the side network off again.
     """
     source = Path(folder)
     config = _config(source)
-    ladder = from_json(config["ladder"])
+    ladder = registry.from_json(config["ladder"])
     assert isinstance(ladder, Ladder)
-    run = Session(model, [ladder], settings=settings)
+    run = Session(model, registry.parse_all([*strategies, ladder]))
     try:
         found = fingerprint(model, trained=ladder.trained_head(run.facts))
         if found != config["backbone"]:

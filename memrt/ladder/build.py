@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,15 +21,25 @@ from memrt.ladder.attach import (
     turn,
     turning,
 )
-from memrt.ladder.prune import Cut, copy_hidden, copy_pruned, hidden_channels
+from memrt.ladder.prune import Cut, check_prunable, copy_hidden, copy_pruned, hidden_channels
 from memrt.ladder.rung import EncoderEnd, Gate, Join, Rung, Stream, Tap, make_tap
-from memrt.ladder.shape import Widths, body_of, drawing, narrow_block, narrow_body
+from memrt.ladder.shape import (
+    Widths,
+    body_of,
+    drawing,
+    narrow_block,
+    narrow_body,
+    narrow_config,
+    plain_widths,
+)
 
 if TYPE_CHECKING:
     from memrt.session import Session
-    from memrt.structure import LayerStack
+    from memrt.structure import Facts, LayerStack
 
-__all__ = ["build_ladder"]
+__all__ = ["build_ladder", "prunes"]
+
+logger = logging.getLogger(__name__)
 
 
 class Settings(Protocol):
@@ -74,7 +85,7 @@ def build_ladder(run: Session, settings: Settings) -> list[nn.Module]:
     model, structure = run.model, run.facts.structure
     sides = [_side(run, stack, settings) for stack in structure.stacks]
     channels = None
-    if settings.init == "magnitude":
+    if prunes(run.facts, settings):
         with torch.no_grad():
             blocks = [layer for stack in structure.stacks for layer in stack.layers]
             channels = hidden_channels(blocks, sides[0].cut)
@@ -96,15 +107,40 @@ def build_ladder(run: Session, settings: Settings) -> list[nn.Module]:
     return quiet
 
 
+def prunes(facts: Facts, settings: Settings) -> bool:
+    """Whether the side's first weights are cut out; refuses what cannot be when it must."""
+    if settings.init == "random":
+        return False
+    try:
+        for stack in facts.structure.stacks:
+            check_prunable(stack.layers, _cut(facts.model, stack, settings.reduction))
+    except ValueError as refused:
+        if settings.init == "magnitude":
+            raise
+        logger.warning("ladder: the side network starts from random weights, for %s", refused)
+        return False
+    return True
+
+
+def _cut(model: nn.Module, stack: LayerStack, reduction: int) -> Cut:
+    """From which widths to which a stack is cut."""
+    body_name = body_of(model, stack)
+    if body_name is not None:
+        config: Any = model.get_submodule(body_name).config
+        return Cut(wide=Widths.of(config), narrow=Widths.of(narrow_config(config, reduction)))
+    return Cut(wide=plain_widths(stack.layers[0]), narrow=plain_widths(stack.layers[0], reduction))
+
+
 # ---------------------------------------------------------------- narrow modules
 
 
 def _side(run: Session, stack: LayerStack, settings: Settings) -> _Side:
     model = run.model
     like = next(p for p in stack.layers[0].parameters() if p.is_floating_point())
+    cut = _cut(model, stack, settings.reduction)
     body_name = body_of(model, stack)
     if body_name is None:
-        return _plain_side(stack, settings, like)
+        return _plain_side(stack, settings, like, cut)
     body = model.get_submodule(body_name)
     narrow = narrow_body(body, settings.reduction, like=like, seed=settings.seed)
     inside = {id(m) for layer in stack.layers for m in layer.modules()}
@@ -118,49 +154,25 @@ def _side(run: Session, stack: LayerStack, settings: Settings) -> _Side:
             f"{body_name}.{name}" if body_name else name: narrow.get_submodule(name)
             for name in rotary_modules(body, inside)
         },
-        cut=Cut(wide=Widths.of(body.config), narrow=Widths.of(narrow.config)),
+        cut=cut,
         like=like,
         residual=False,
     )
 
 
-def _plain_side(stack: LayerStack, settings: Settings, like: Tensor) -> _Side:
+def _plain_side(stack: LayerStack, settings: Settings, like: Tensor, cut: Cut) -> _Side:
     """A plain module's blocks may be branches of a residual stream, so the side has one around."""
-    hidden = _plain_hidden(stack.layers[0])
     blocks = [
         narrow_block(
-            layer, settings.reduction, hidden=hidden, like=like, seed=settings.seed + index
+            layer,
+            settings.reduction,
+            hidden=cut.wide.hidden,
+            like=like,
+            seed=settings.seed + index,
         )
         for index, layer in enumerate(stack.layers)
     ]
-    return _Side(
-        blocks=blocks,
-        norm=None,
-        rotaries={},
-        cut=Cut(
-            wide=_plain_widths(stack.layers[0], hidden),
-            narrow=_plain_widths(blocks[0], hidden // settings.reduction),
-        ),
-        like=like,
-        residual=True,
-    )
-
-
-def _plain_hidden(block: nn.Module) -> int:
-    """The width that a block gives back: that of its last linear layer."""
-    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    if not linears:
-        raise ValueError(
-            f"the block {type(block).__name__} has no linear layer, so that nothing says how wide "
-            "it is; use a transformers model, or blocks of torch.nn's layers"
-        )
-    return linears[-1].out_features
-
-
-def _plain_widths(block: nn.Module, hidden: int) -> Widths:
-    attention = [m for m in block.modules() if isinstance(m, nn.MultiheadAttention)]
-    heads = attention[0].num_heads if attention else 1
-    return Widths(hidden=hidden, heads=heads, kv_heads=heads, head_dim=hidden // heads)
+    return _Side(blocks=blocks, norm=None, rotaries={}, cut=cut, like=like, residual=True)
 
 
 # ---------------------------------------------------------------- hanging

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from memrt.ladder.shape import Widths
 
-__all__ = ["Cut", "copy_hidden", "copy_pruned", "hidden_channels"]
+__all__ = ["Cut", "check_prunable", "copy_hidden", "copy_pruned", "hidden_channels"]
 
 _HIDDEN, _NEURON, _QUERY, _KEY, _FUSED, _INTERLEAVED, _GATED, _HEAD_DIM = (
     "hidden",
@@ -62,9 +62,11 @@ class _Weight:
         return weight.t() if _is_transposed(self.module) else weight
 
     def norms(self, axis: int) -> Tensor:
-        """L1 norms along the other axis, with a sum of one; fp32."""
-        found: Tensor = torch.linalg.vector_norm(self.dense(), 1, dim=1 - axis, dtype=torch.float32)
-        return found / found.sum().clamp_(min=torch.finfo(torch.float32).tiny)
+        """L1 norms along the other axis, with a sum of one; fp32 or wider."""
+        dense = self.dense()
+        dtype = torch.promote_types(dense.dtype, torch.float32)
+        found: Tensor = torch.linalg.vector_norm(dense, 1, dim=1 - axis, dtype=dtype)
+        return found / found.sum().clamp_(min=torch.finfo(dtype).tiny)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,25 +129,33 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def _attention(members: Sequence[tuple[str, nn.Module]], wide: Widths) -> Iterator[_Weight]:
-    query, key = wide.heads * wide.head_dim, wide.kv_heads * wide.head_dim
-    for index, (name, module) in enumerate(members):
+    query = wide.heads * wide.head_dim
+    output = None
+    for name, module in members:
         out_size, in_size = _sizes(module)
-        leaf = name.rpartition(".")[2].lower()
-        if index == len(members) - 1 and (in_size, out_size) == (query, wide.hidden):
-            yield _Weight(name=name, module=module, out_role=_HIDDEN, in_role=_QUERY)
-            continue
-        role = None
-        if leaf in _CONCATENATED and out_size == query + 2 * key:
-            role = _FUSED
-        elif leaf in _BY_HEAD and out_size == 3 * query and query == key:
-            role = _INTERLEAVED
-        elif leaf in _QUERY_NAMES and out_size == query:
-            role = _QUERY
-        elif leaf in _KEY_NAMES and out_size == key:
-            role = _KEY
-        if role is None or in_size != wide.hidden:
+        role = _projection(name.rpartition(".")[2].lower(), out_size, wide)
+        if role is not None and in_size == wide.hidden:
+            yield _Weight(name=name, module=module, out_role=role, in_role=_HIDDEN)
+        elif output is None and (in_size, out_size) == (query, wide.hidden):
+            output = _Weight(name=name, module=module, out_role=_HIDDEN, in_role=_QUERY)
+        else:
             raise _unknown(name, module)
-        yield _Weight(name=name, module=module, out_role=role, in_role=_HIDDEN)
+    if output is not None:
+        yield output
+
+
+def _projection(leaf: str, size: int, wide: Widths) -> str | None:
+    """What a projection of the hidden state makes, by its name and size."""
+    query, key = wide.heads * wide.head_dim, wide.kv_heads * wide.head_dim
+    if leaf in _BY_HEAD and size == query + 2 * key:
+        if wide.kv_heads == wide.heads:
+            return _INTERLEAVED
+        return _FUSED if wide.kv_heads == 1 else None
+    if leaf in _CONCATENATED and size == query + 2 * key:
+        return _FUSED
+    if leaf in _QUERY_NAMES and size == query:
+        return _QUERY
+    return _KEY if leaf in _KEY_NAMES and size == key else None
 
 
 def _mlp(members: Sequence[tuple[str, nn.Module]], wide: Widths) -> Iterator[_Weight]:
@@ -170,6 +180,39 @@ def _unknown(name: str, module: nn.Module) -> ValueError:
     )
 
 
+def check_prunable(blocks: Sequence[nn.Module], cut: Cut) -> None:
+    """Refuse with `ValueError` what cannot be cut out of these blocks; computes nothing."""
+    wide, narrow, ratio = cut.wide, cut.narrow, _head_ratio(cut)
+    attends = any(_attention_group(name) for name, _ in blocks[0].named_modules())
+    group = wide.heads // wide.kv_heads
+    wider = narrow.head_dim > wide.head_dim and narrow.head_dim % wide.head_dim
+    if attends and (
+        wider or narrow.kv_heads * ratio > wide.kv_heads or narrow.heads > narrow.kv_heads * group
+    ):
+        raise ValueError(
+            f"the side's {narrow.heads} heads of {narrow.head_dim} channels cannot be cut out of "
+            f"{wide.heads} heads of {wide.head_dim}; use ladder(init='random')"
+        )
+    for block in blocks:
+        linear = {weight.name for weight in _roles(block, wide).weights}
+        for name, parameter in block.named_parameters():
+            if name.rpartition(".")[0] not in linear and not _is_known_vector(name, parameter, cut):
+                raise ValueError(
+                    f"the parameter {name} of shape {list(parameter.shape)} has a place in its "
+                    "block that pruning does not know; use ladder(init='random')"
+                )
+
+
+def _is_known_vector(name: str, parameter: Tensor, cut: Cut) -> bool:
+    wide = cut.wide
+    if name.endswith(("in_proj_weight", "in_proj_bias", "relative_attention_bias.weight")):
+        return True
+    sizes = [wide.hidden]
+    if f".{name}".rpartition(".")[0].endswith(("q_norm", "k_norm")):
+        sizes += [wide.head_dim, wide.heads * wide.head_dim, wide.kv_heads * wide.head_dim]
+    return parameter.ndim == 1 and parameter.shape[0] in sizes
+
+
 # ---------------------------------------------------------------- which to keep
 
 
@@ -188,21 +231,15 @@ def hidden_channels(blocks: Sequence[nn.Module], cut: Cut) -> Tensor:
 
 def _top(score: Tensor, count: int) -> Tensor:
     """Indices of the `count` highest along the last dimension, in order."""
-    return score.topk(count, dim=-1).indices.sort(dim=-1).values
+    best = score.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return best.sort(dim=-1).values
 
 
 def _head_sets(weights: Sequence[_Weight], cut: Cut) -> tuple[Tensor, Tensor]:
     """The query heads and key-value heads that one attention keeps."""
     wide, narrow = cut.wide, cut.narrow
-    # side heads wider than the backbone's take the channels of several of them
-    num_query = narrow.heads * max(1, narrow.head_dim // wide.head_dim)
-    num_key = narrow.kv_heads * max(1, narrow.head_dim // wide.head_dim)
+    num_query, num_key = narrow.heads * _head_ratio(cut), narrow.kv_heads * _head_ratio(cut)
     group = wide.heads // wide.kv_heads
-    if num_key > wide.kv_heads or num_query > num_key * group:
-        raise ValueError(
-            f"the side's {narrow.heads} heads of {narrow.head_dim} channels cannot be cut out of "
-            f"{wide.heads} heads of {wide.head_dim}; use ladder(init='random')"
-        )
     query, key = _head_scores(weights, wide)
     keys = _top(key, num_key)  # [num_key]
     grouped = query.view(wide.kv_heads, group).index_select(0, keys)  # [num_key, group]
@@ -243,6 +280,11 @@ def _kept_channels(cut: Cut, device: torch.device) -> Tensor:
     return torch.cat([half, half + wide // 2])
 
 
+def _head_ratio(cut: Cut) -> int:
+    """Of how many of the backbone's heads a wider side head takes the channels."""
+    return max(1, cut.narrow.head_dim // cut.wide.head_dim)
+
+
 def _of_heads(heads: Tensor, channels: Tensor, head_dim: int) -> Tensor:
     return (heads[:, None] * head_dim + channels).flatten()
 
@@ -272,7 +314,7 @@ def _sets_of(
         _KEY: key,
         _FUSED: torch.cat([query, key + offset, key + offset + width]),
         _INTERLEAVED: _of_heads(three.flatten(), channels, wide.head_dim),
-        _HEAD_DIM: channels,
+        _HEAD_DIM: channels.repeat(_head_ratio(cut)),
         "heads": queries,
     }
 
@@ -322,17 +364,13 @@ def _copy_linear(weight: _Weight, target: nn.Module, sets: dict[str, Tensor]) ->
 def _vector_set(
     name: str, wide: Tensor, cut: Cut, sets: dict[str, Tensor], channels: Tensor
 ) -> Tensor:
+    """What is kept of a norm's weight or bias."""
     leaf = name.split(".")[-2].lower() if "." in name else ""
     if wide.ndim == 1 and leaf in ("q_norm", "k_norm"):
         if wide.shape[0] == cut.wide.head_dim:
             return sets[_HEAD_DIM]
         return sets[_QUERY if leaf == "q_norm" else _KEY]
-    if wide.ndim == 1 and wide.shape[0] == cut.wide.hidden:
-        return channels
-    raise ValueError(
-        f"the parameter {name} of shape {list(wide.shape)} has a place in its block that pruning "
-        "does not know; use ladder(init='random')"
-    )
+    return channels
 
 
 def copy_hidden(source: nn.Module, target: nn.Module, channels: Tensor) -> None:
@@ -342,10 +380,6 @@ def copy_hidden(source: nn.Module, target: nn.Module, channels: Tensor) -> None:
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
-    if target.shape != source.shape:
-        raise ValueError(
-            f"pruning keeps {list(source.shape)} where the side network has {list(target.shape)}; "
-            "use ladder(init='random')"
-        )
+    assert target.shape == source.shape, "check_prunable let through what does not fit"
     with torch.no_grad():
         target.copy_(source)

@@ -29,6 +29,7 @@ __all__ = [
     "narrow_block",
     "narrow_body",
     "narrow_config",
+    "plain_widths",
 ]
 
 MIN_HEAD_WIDTH = 16
@@ -41,8 +42,12 @@ _FFN_KEYS = (
     "ffn_dim",
     "encoder_ffn_dim",
     "decoder_ffn_dim",
+    "ffn_hidden_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
 )
 _HEAD_KEYS = ("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads")
+_KEY_HEAD_KEYS = ("num_key_value_heads", "num_kv_heads")
 _VOCABULARY = 8  # of the narrow body, whose embeddings are not used
 
 
@@ -60,10 +65,16 @@ class Widths:
         """Read them from a transformers config."""
         heads = int(config.num_attention_heads)
         hidden = int(config.hidden_size)
+        given = (getattr(config, key, None) for key in _KEY_HEAD_KEYS)
+        kv_heads = next((int(count) for count in given if count), heads)
+        if getattr(config, "multi_query", False) and not getattr(
+            config, "new_decoder_architecture", False
+        ):
+            kv_heads = 1
         return cls(
             hidden=hidden,
             heads=heads,
-            kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+            kv_heads=kv_heads,
             head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
         )
 
@@ -115,27 +126,45 @@ def _head_width(inner: int, head_dim: int) -> int | None:
 def narrow_config(config: Any, reduction: int) -> Any:
     """A copy of a transformers config with every width divided by `reduction`."""
     narrow = copy.deepcopy(config)
-    own_head_dim = getattr(config, "head_dim", None) is not None
-    widths = Widths.of(config).narrowed(reduction, own_head_dim=own_head_dim)
-    for key in _WIDTH_KEYS:
-        if getattr(config, key, None) is not None:
-            setattr(narrow, key, widths.hidden)
+    own_head_dim = _has_own_head_dim(config)
+    wide = Widths.of(config)
+    widths = _narrow_latent(wide, reduction) if _is_latent(config) else None
+    widths = widths or wide.narrowed(reduction, own_head_dim=own_head_dim)
     for key in _FFN_KEYS:
         size = getattr(config, key, None)
         if size is not None:
             setattr(narrow, key, _divided(key, int(size), reduction))
-    for key in _HEAD_KEYS:
+    values = dict.fromkeys(_WIDTH_KEYS, widths.hidden)
+    values |= dict.fromkeys(_HEAD_KEYS, widths.heads)
+    values |= dict.fromkeys(_KEY_HEAD_KEYS, widths.kv_heads)
+    values |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    for key, value in values.items():
         if getattr(config, key, None) is not None:
-            setattr(narrow, key, widths.heads)
-    if getattr(config, "num_key_value_heads", None) is not None:
-        narrow.num_key_value_heads = widths.kv_heads
-    if own_head_dim:
+            setattr(narrow, key, value)
+    if own_head_dim and widths.head_dim != wide.head_dim:
         narrow.head_dim = widths.head_dim
+        scale = getattr(config, "query_pre_attn_scalar", None)
+        if scale is not None:
+            narrow.query_pre_attn_scalar = type(scale)(scale * widths.head_dim / wide.head_dim)
     narrow.vocab_size = _VOCABULARY
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(narrow, key, None) is not None:
-            setattr(narrow, key, 0)
     return narrow
+
+
+def _has_own_head_dim(config: Any) -> bool:
+    """Whether heads × head_dim need not be hidden."""
+    derived = isinstance(getattr(type(config), "head_dim", None), property)
+    return not derived and getattr(config, "head_dim", None) is not None
+
+
+def _is_latent(config: Any) -> bool:
+    """Attention through a latent state (DeepSeek's): parts of a head have sizes of their own."""
+    return getattr(config, "qk_rope_head_dim", None) is not None
+
+
+def _narrow_latent(wide: Widths, reduction: int) -> Widths:
+    heads = max(1, wide.heads // reduction)
+    hidden = _divided("hidden size", wide.hidden, reduction)
+    return Widths(hidden=hidden, heads=heads, kv_heads=heads, head_dim=wide.head_dim)
 
 
 def body_of(model: nn.Module, stack: LayerStack) -> str | None:
@@ -173,6 +202,24 @@ def drawing(seed: int, like: torch.Tensor) -> Iterator[None]:
                 yield
     finally:
         torch.set_default_dtype(before)
+
+
+def plain_widths(block: nn.Module, reduction: int = 1) -> Widths:
+    """The widths of a plain module's block, divided by `reduction`."""
+    linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    if not linears:
+        raise ValueError(
+            f"the block {type(block).__name__} has no linear layer, so that nothing says how wide "
+            "it is; use a transformers model, or blocks of torch.nn's layers"
+        )
+    hidden = linears[-1].out_features  # what the block gives back
+    attention = [m for m in block.modules() if isinstance(m, nn.MultiheadAttention)]
+    if attention:
+        heads = attention[0].num_heads
+        wide = Widths(hidden=hidden, heads=heads, kv_heads=heads, head_dim=hidden // heads)
+        return wide.narrowed(reduction, own_head_dim=False)
+    width = _divided("width", hidden, reduction)
+    return Widths(hidden=width, heads=1, kv_heads=1, head_dim=width)
 
 
 def narrow_block(

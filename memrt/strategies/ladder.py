@@ -28,7 +28,7 @@ from torch import nn
 
 from memrt.kernels.ladder import KEPT
 from memrt.ladder.attach import task_head
-from memrt.ladder.build import build_ladder
+from memrt.ladder.build import build_ladder, prunes
 from memrt.ladder.shape import body_of, narrow_config
 from memrt.profiling.accounts import Account
 from memrt.registry import register
@@ -43,7 +43,7 @@ __all__ = ["Ladder"]
 TAPS = ("linear", "low_rank", "pooled", "selected")
 GATES = ("scalar", "vector")
 STARTS = ("exact", "lst", "qst")
-INITS = ("magnitude", "random")
+INITS = ("auto", "magnitude", "random")
 HEADS = ("auto", "frozen", "trained")
 
 
@@ -57,7 +57,8 @@ class Ladder(Strategy):
     kept: how a linear or low-rank tap keeps the hidden state: "exact" or "float8".
     gate: "scalar" (one number a rung, as LST) or "vector" (one a channel, as QST).
     start: "exact" (the backbone's own function), "lst" or "qst" (the papers').
-    init: the side's first weights: "magnitude" (cut out of the backbone's) or "random".
+    init: the side's first weights: "magnitude" (cut out of the backbone's), "random", or "auto"
+        (cut out where pruning knows every weight of the blocks; experts it does not).
     every: a rung after every n-th block; `layers` names them instead, from 0.
     checkpoint: run the side's blocks again in backward instead of keeping their activations.
     head: what trains behind the join: "auto" (all of it without a language-model head, else
@@ -66,7 +67,7 @@ class Ladder(Strategy):
     """
 
     name: ClassVar[str] = "ladder"
-    phase: ClassVar[Phase] = Phase.STRUCTURE
+    phase: ClassVar[Phase] = Phase.TRAINABLE  # beside a backbone that others have packed
     lowers: ClassVar[tuple[Account, ...]] = (
         Account.ACTIVATIONS,
         Account.GRADIENTS,
@@ -80,7 +81,7 @@ class Ladder(Strategy):
     kept: str = "exact"
     gate: str = "scalar"
     start: str = "exact"
-    init: str = "magnitude"
+    init: str = "auto"
     every: int = 1
     layers: tuple[int, ...] = ()
     checkpoint: bool = False
@@ -153,6 +154,8 @@ class Ladder(Strategy):
             if self.every > count:
                 raise ValueError(f"every={self.every} is more than the {count} blocks; lower it")
             self._check_stack(facts, stack.layers[0], body_of(facts.model, stack))
+        if self.init == "magnitude":
+            prunes(facts, self)
         if self.head == "trained" and not _behind(facts):
             raise ValueError(f"head='trained': {kind} has nothing behind the join that could train")
 

@@ -1,0 +1,177 @@
+"""A side network alone: written, put on its backbone in any precision, refused on another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import memrt
+from memrt.errors import CheckpointWriteError
+from memrt.ladder.attach import CHILD
+from memrt.ladder_files import CONFIG_NAME, WEIGHTS_NAME
+from memrt.runner import model_loss
+from memrt.testing import tiny_batches, tiny_model
+from tests.trainer_runs import run as trainer_run
+
+
+def model_of(family: str = "llama", *, seed: int = 0, **overrides: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return tiny_model(family, **overrides)
+
+
+def trained(model: nn.Module, spec: str = "ladder(reduction=2)") -> memrt.Session:
+    session = memrt.prepare(model.train(), [spec], lr=1e-2)
+    family = "bert" if "bert" in type(model).__name__.lower() else "llama"
+    for seed in range(3):
+        batch = tiny_batches(family, seed=seed)[0]
+        session.train_micro_batch(lambda batch=batch: model_loss(model, batch))  # type: ignore[misc]
+        session.step()
+    return session
+
+
+def logits(model: nn.Module, family: str = "llama") -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(**tiny_batches(family, seed=7)[0])["logits"]
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "t5", "plain"])
+def test_what_is_loaded_computes_what_was_written(family: str, tmp_path: Path) -> None:
+    model = model_of(family)
+    session = trained(model)
+    expected = logits(model)
+    folder = memrt.save_ladder(session, tmp_path / "side")
+    assert {path.name for path in folder.iterdir()} == {CONFIG_NAME, WEIGHTS_NAME}
+    names = load_file(folder / WEIGHTS_NAME).keys()
+    assert names
+    assert all(CHILD in name.split(".") for name in names)
+
+    torch.manual_seed(9)
+    other = model_of(family)
+    run = memrt.load_ladder(other, folder)
+    assert torch.equal(logits(other), expected)
+    run.detach()
+    assert torch.equal(logits(other), logits(model_of(family)))
+
+
+def test_it_is_small_beside_the_backbone(tmp_path: Path) -> None:
+    model = model_of(hidden=128, layers=8, intermediate_size=512)
+    session = memrt.prepare(model, ["ladder(reduction=8, taps='pooled')"])
+    folder = memrt.save_ladder(session, tmp_path / "side")
+    backbone = sum(p.numel() * 4 for n, p in model.named_parameters() if CHILD not in n)
+    assert (folder / WEIGHTS_NAME).stat().st_size < backbone / 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_backbone_of_another_precision_is_the_same_backbone(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    folder = memrt.save_ladder(trained(model_of()), tmp_path / "side")
+    other = model_of().to(dtype)
+    memrt.load_ladder(other, folder)
+    assert {p.dtype for n, p in other.named_parameters() if ".up." in n} == {dtype}
+    assert torch.isfinite(logits(other)).all()
+
+
+def test_a_backbone_in_four_bits_is_the_same_backbone(tmp_path: Path) -> None:
+    model = model_of()
+    session = trained(model)
+    expected = logits(model)
+    folder = memrt.save_ladder(session, tmp_path / "side")
+    other = model_of()
+    run = memrt.load_ladder(other, folder, strategies=["nf4"])
+    assert torch.equal(
+        load_file(folder / WEIGHTS_NAME)["model.norm.ladder.up.weight"],
+        other.get_parameter("model.norm.ladder.up.weight"),
+    )
+    # four bits move every weight by some 9 %; the logits by far less than what they are
+    error = (logits(other) - expected).norm() / expected.norm()
+    assert 0 < float(error) < 0.5
+    run.detach()
+
+
+def test_another_backbone_is_refused_and_left_alone(tmp_path: Path) -> None:
+    folder = memrt.save_ladder(trained(model_of()), tmp_path / "side")
+    other = model_of(seed=1)
+    with pytest.raises(ValueError, match="trained beside another backbone"):
+        memrt.load_ladder(other, folder)
+    assert all(CHILD not in name for name, _ in other.named_modules())
+    assert all(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_a_task_head_goes_along(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from memrt.testing import tiny_config
+
+    def classifier() -> nn.Module:
+        torch.manual_seed(0)
+        made: nn.Module = transformers.BertForSequenceClassification(tiny_config("bert"))
+        return made
+
+    model = classifier()
+    session = memrt.prepare(model.train(), ["ladder(reduction=2)"], lr=1e-2)
+    batch = {**tiny_batches("bert")[0], "labels": torch.tensor([0, 1])}
+    session.train_micro_batch(lambda: model_loss(model, batch))
+    session.step()
+    folder = memrt.save_ladder(session, tmp_path / "side")
+    assert "classifier.weight" in load_file(folder / WEIGHTS_NAME)
+    other = classifier()
+    memrt.load_ladder(other, folder)
+    assert torch.equal(other.classifier.weight, model.classifier.weight)
+
+
+def test_a_trainer_s_side_network_is_written_and_resumes(tmp_path: Path) -> None:
+    options = {"strategies": ["ladder(reduction=2)"]}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    whole = trainer_run(tmp_path / "whole", options=options, max_steps=4, **saving)
+    resumed = trainer_run(
+        tmp_path / "whole",
+        options=options,
+        max_steps=4,
+        resume=str(tmp_path / "whole/checkpoint-2"),
+        **saving,
+    )
+    one, other = (dict(t.model.named_parameters()) for t in (whole, resumed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    memrt.save_ladder(whole.session, tmp_path / "side")
+    assert (tmp_path / "side" / WEIGHTS_NAME).is_file()
+
+
+def test_bad_folders_and_sessions_are_refused(tmp_path: Path) -> None:
+    model = model_of()
+    with pytest.raises(ValueError, match="carries no ladder"):
+        memrt.save_ladder(memrt.prepare(model), tmp_path / "side")
+    session = memrt.prepare(model, ["ladder(reduction=2)"])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    with pytest.raises(ValueError, match="is taken"):
+        memrt.save_ladder(session, tmp_path / "full")
+    with pytest.raises(ValueError, match=r"has no ladder\.json"):
+        memrt.load_ladder(model_of(), tmp_path / "full")
+    folder = memrt.save_ladder(session, tmp_path / "side")
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    (folder / CONFIG_NAME).write_text(json.dumps({**config, "version": 99}))
+    with pytest.raises(ValueError, match="version 99"):
+        memrt.load_ladder(model_of(), folder)
+    session.detach()
+    with pytest.raises(ValueError, match="carries no ladder"):
+        memrt.save_ladder(session, tmp_path / "after")
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = memrt.prepare(model_of(), ["ladder(reduction=2)"])
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(CheckpointWriteError, match="No space left"):
+        memrt.save_ladder(session, tmp_path / "side")
+    assert not list(tmp_path.iterdir())
