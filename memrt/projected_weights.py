@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memrt.optimizer_slots import require_adamw
 from memrt.profiling.accounts import Account
-from memrt.strategy import Attachment, Claim, Phase, Rule, Slot, Strategy
+from memrt.strategy import EVERYTHING, Attachment, Claim, Phase, Rule, Slot, Strategy
 
 if TYPE_CHECKING:
     import torch
@@ -94,9 +94,15 @@ class ProjectedStrategy(Strategy):
             name for name, weight in self.candidates(facts).items() if min(weight.shape) > self.rank
         ]
 
+    def state_formats(self, facts: Facts) -> dict[str, frozenset[str]]:
+        """The parameters whose state must have a format, by format; others are the run's."""
+        return {}
+
     def claims(self, facts: Facts) -> list[Claim]:
-        """The projection of the projected weights."""
-        return [Claim(slot=Slot.PROJECTION, scope=frozenset(self.projected(facts)))]
+        """The projection of the projected weights, and the state formats that it asks for."""
+        projections = Claim(slot=Slot.PROJECTION, scope=frozenset(self.projected(facts)))
+        formats = self.state_formats(facts).values()
+        return [projections, *(Claim(slot=Slot.STATE_FORMAT, scope=scope) for scope in formats)]
 
     def offset(self, index: int, count: int) -> int:
         """The first refresh after step 0 of weight `index` of `count`: spread over an interval."""
@@ -121,6 +127,14 @@ def is_conv1d(module: nn.Module) -> bool:
 def _stacked(facts: Facts) -> list[str]:
     """Trainable weights of the layers that stack several matrices: fused experts."""
     return [n for n, p in facts.parameters() if p.ndim == 3 and facts.structure.layer_of(n)]
+
+
+def _format_rule(label: str, scope: frozenset[str]) -> Rule:
+    return Rule(
+        slot=Slot.STATE_FORMAT,
+        match=lambda name, parameter: scope == EVERYTHING or name in scope,
+        build=lambda name, parameter: label,
+    )
 
 
 class ProjectedAttachment(Attachment):
@@ -159,13 +173,15 @@ class ProjectedAttachment(Attachment):
             )
 
     def rules(self) -> list[Rule]:
-        """The projection of every projected weight."""
+        """The projection of every projected weight, and state formats where they are asked for."""
+        formats = self.settings.state_formats(self.run.facts)
         return [
             Rule(
                 slot=Slot.PROJECTION,
                 match=lambda name, parameter: name in self.subspaces,
                 build=lambda name, parameter: self.subspaces[name],
-            )
+            ),
+            *(_format_rule(label, scope) for label, scope in formats.items()),
         ]
 
     def before_step(self, step: int) -> None:

@@ -44,6 +44,7 @@ _BUILT_IN = {
     "nf4": "memrt.strategies.nf4",
     "offload_activations": "memrt.strategies.offload_activations",
     "peft": "memrt.strategies.peft",
+    "q_galore": "memrt.strategies.q_galore",
 }
 _registered: dict[str, type[Strategy]] = {}
 

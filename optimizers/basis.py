@@ -6,6 +6,11 @@ P [s, r], s the smaller side of a weight, its columns orthonormal when they were
 |----------|------------------------------------------------------------------|------------------|
 | float32  | itself                                                           | 4                |
 | bfloat16 | rounded; PᵀP is off by up to 2^-8                                | 2                |
+| int4     | a code and a share in its group's scale and minimum              | 1/2 + 4/256      |
+
+int4 (``memrt.kernels.uniform_int4``; Q-GaLore, arXiv 2407.08296) is restored to fp32 whenever it is
+used, 4 · s · r of workspace; its columns are orthonormal to about a tenth. Gradient and update go
+through the same restored matrix.
 
 A refresh replaces the columns. Their signs are aligned to the old ones, diag(P_newᵀ P_old) >= 0
 (``align=False``: as they were found), and the ``moments`` of the old columns are
@@ -22,12 +27,19 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from memrt.kernels.uniform_int4 import (
+    PackedInt4,
+    int4_dequantize,
+    int4_quantize,
+    int4_shapes,
+)
 from memrt.optimizers.refresh import RefreshSchedule, overlap
 
 __all__ = ["BasisFormat", "MovingBasis"]
 
-BasisFormat = Literal["float32", "bfloat16"]
+BasisFormat = Literal["float32", "bfloat16", "int4"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_INT4 = {"basis_codes": torch.uint8, "basis_scales": torch.bfloat16, "basis_minima": torch.bfloat16}
 
 
 class MovingBasis:
@@ -53,18 +65,34 @@ class MovingBasis:
         self.frozen = False
         self.pending = False
         self.device = torch.device(device)
-        self._align = align
-        self._dtype = _DTYPES[format]
-        self._columns: Tensor | None = None  # [size, rank]
+        self._align, self._format = align, format
+        self._kept: dict[str, Tensor] = {}  # of _layout's names
 
     @property
     def exists(self) -> bool:
         """Whether one was found, or put in."""
-        return self._columns is not None
+        return bool(self._kept)
 
     def matrix(self) -> Tensor | None:
         """The basis in fp32: for the format "float32" without a copy."""
-        return None if self._columns is None else self._columns.float()
+        if not self._kept:
+            return None
+        if self._format != "int4":
+            return self._kept["basis"].float()
+        packed = PackedInt4(*(self._kept[name] for name in _INT4))
+        return int4_dequantize(packed, (self.size, self.rank))
+
+    def _encoded(self, matrix: Tensor) -> dict[str, Tensor]:
+        if self._format != "int4":
+            return {"basis": matrix.to(_DTYPES[self._format])}
+        return dict(zip(_INT4, int4_quantize(matrix), strict=True))
+
+    def _layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor that is kept, by name."""
+        if self._format != "int4":
+            return {"basis": ((self.size, self.rank), _DTYPES[self._format])}
+        shapes = int4_shapes(self.size * self.rank)
+        return {name: (shape, _INT4[name]) for name, shape in zip(_INT4, shapes, strict=True)}
 
     def begin_step(self, step: int) -> None:
         """Decide whether a refresh is pending; one that found no gradient stays so."""
@@ -85,14 +113,14 @@ class MovingBasis:
         old = self.matrix()
         if old is None:
             assert fallback is not None
-            new = torch.where(sound, found, fallback)
+            self._kept = self._encoded(torch.where(sound, found, fallback))
         else:
             if self._align:
                 found = found * torch.where((found * old).sum(dim=0) < 0.0, -1.0, 1.0)
-            new = torch.where(sound, found, old)
             if self.schedule.is_lazy:
-                self.schedule.note(overlap(old, new))
-        self._columns = new.to(self._dtype)
+                self.schedule.note(overlap(old, torch.where(sound, found, old)))
+            for name, new in self._encoded(found).items():
+                self._kept[name] = torch.where(sound, new, self._kept[name])
         self.refresh_count += 1
         self.pending = False
 
@@ -102,36 +130,37 @@ class MovingBasis:
             raise ValueError(
                 f"basis is {tuple(basis.shape)}: give [{self.size}, k] with k at most {self.size}"
             )
-        self._columns = basis.detach().to(device=self.device, dtype=self._dtype, copy=True)
+        matrix = basis.detach().to(device=self.device, dtype=torch.float32, copy=True)
+        self._kept = self._encoded(matrix)
         self.rank = basis.shape[1]
         self.frozen, self.pending = frozen, False
 
     def forget(self) -> None:
         """Free it, as when the weight stops training; its next gradient finds one."""
         if not self.frozen:
-            self._columns = None
+            self._kept = {}
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that is held, by name."""
-        held = {} if self._columns is None else {"basis": self._columns}
-        return held | self.schedule.tensors()
+        return self._kept | self.schedule.tensors()
 
     def state_dict(self) -> dict[str, Any]:
         """What a later run needs between two steps; the basis only once there is one."""
-        state: dict[str, Any] = {} if self._columns is None else {"basis": self._columns}
+        state: dict[str, Any] = dict(self._kept)
         state |= {"refresh_count": self.refresh_count, "frozen": self.frozen}
         return state | {"refresh_pending": self.pending, "schedule": self.schedule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the place of the basis that gave ``state``."""
-        basis = state.get("basis")
-        expected = (self.size, self.rank)
-        if basis is not None and tuple(basis.shape) != expected:
+        saved = {name: state[name] for name in ("basis", *_INT4) if name in state}
+        layout = self._layout()
+        if saved and {n: (tuple(t.shape), t.dtype) for n, t in saved.items()} != layout:
+            found = ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in saved.items())
             raise ValueError(
-                f"the saved basis is {tuple(basis.shape)}, not {expected}: resume with its rank"
+                f"the saved basis is {found}, not one of rank {self.rank} in {self._format} "
+                f"({(self.size, self.rank)}): resume with its rank and format"
             )
-        options: dict[str, Any] = {"device": self.device, "dtype": self._dtype}
-        self._columns = None if basis is None else basis.to(**options, copy=True)
+        self._kept = {name: tensor.to(self.device, copy=True) for name, tensor in saved.items()}
         self.refresh_count = int(state["refresh_count"])
         self.pending = bool(state["refresh_pending"])
         self.frozen = bool(state["frozen"])

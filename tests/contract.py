@@ -52,6 +52,7 @@ SPECS: dict[str, str] = {
     "nf4": "nf4",
     "offload_activations": "offload_activations(min_bytes=0)",
     "peft": "peft(rank=4, dropout=0.1)",
+    "q_galore": "q_galore(rank=4, every=3)",
 }
 """Every registered strategy with settings that bite on a model of a few thousand parameters."""
 
@@ -71,6 +72,7 @@ STACKS: list[list[str]] = [
     ["galore(rank=4, every=3, form='plain')", "lisa"],
     ["apollo", "int8_states", "activation_checkpoint", "lisa"],
     ["fira", "int8_states", "lisa"],
+    ["q_galore", "activation_checkpoint", "lisa"],
     ["ladder", "int8_states", "offload_activations"],
     ["badam", "int8_states", "activation_checkpoint"],
     ["galore", "in_backward", "int8_states"],

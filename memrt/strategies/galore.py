@@ -7,9 +7,10 @@ dW itself for r < m n / (m + n), and linear, so that micro-batches accumulate in
 direction N of R is applied as W ← W (1 - lr·wd) - lr·scale·P N (or N Pᵀ). P comes from sketches of
 dYᵀX, refreshed every `every` steps, warm-started and staggered over the layers; moments are kept.
 
-Bytes per projected weight: basis 4 m r, moments 8 n r (2.03 n r with `int8_states`), gradient 4 n r
-in place of 4 m n. Embeddings, head, norms, biases keep AdamW. Zhao et al. 2024, arXiv 2403.03507;
-the projection without the gradient is memrt's. With an injected identity basis it is AdamW.
+Bytes per projected weight: basis 4 m r (`basis` has less), moments 8 n r (2.03 n r with
+`int8_states`), gradient 4 n r in place of 4 m n. Embeddings, head, norms, biases keep AdamW. Zhao
+et al. 2024, arXiv 2403.03507; the projection without the gradient is memrt's. With an injected
+identity basis it is AdamW.
 
 `form="plain"` is GaLore as published, for comparison with it: dW is formed, accumulated and clipped
 as ever, P is its exact SVD at steps 0, `every`, 2·`every`, ... of all weights at once. It saves
@@ -48,6 +49,7 @@ __all__ = ["Galore"]
 
 FORMS = ("gradient_free", "plain")
 NORMS = ("projected", "exact")
+BASES = ("float32", "bfloat16", "int4")
 
 
 @register
@@ -63,6 +65,9 @@ class Galore(ProjectedStrategy):
     norm: of the gradient-free form: what clipping and the log use for projected weights:
         "projected" (the norm of R, at most the true one) or "exact" (the true norm; one micro-batch
         a step, at most one dW product). The plain form has the true norm by itself.
+    basis: how P is kept: "float32" (4 bytes an element), "bfloat16" (2) or "int4" (.52).
+    lazy: refresh a weight half as often whenever the last 5 refreshes found this much of the old
+        subspace again (1 all of it, 0 no more than chance; Q-GaLore: .4); None for never.
     seed: of the random sketches of the gradient-free form.
     """
 
@@ -71,6 +76,8 @@ class Galore(ProjectedStrategy):
 
     form: str = "gradient_free"
     norm: str = "projected"
+    basis: str = "float32"
+    lazy: float | None = None
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -79,6 +86,10 @@ class Galore(ProjectedStrategy):
             raise ValueError(f"form={self.form!r}: use one of {', '.join(FORMS)}")
         if self.norm not in NORMS:
             raise ValueError(f"norm={self.norm!r}: use one of {', '.join(NORMS)}")
+        if self.basis not in BASES:
+            raise ValueError(f"basis={self.basis!r}: use one of {', '.join(BASES)}")
+        if self.lazy is not None and not 0 < self.lazy <= 1:
+            raise ValueError(f"lazy={self.lazy!r}: must be above 0 and at most 1, or None")
         for option, default in (("norm", "projected"), ("seed", 42)):
             value = getattr(self, option)
             if self.form == "plain" and value != default:
@@ -133,6 +144,8 @@ class Galore(ProjectedStrategy):
             "every": self.every,
             "offset": offset,
             "scale": self.scale,
+            "basis": self.basis,
+            "lazy": self.lazy,
             "device": device,
         }
         if not self.is_gradient_free:
