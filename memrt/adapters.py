@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -39,7 +40,7 @@ ADAPTER_NAME = "default"
 
 # Methods that add something to a layer's output and look at its weight only to fold it in. Each
 # was trained over NF4 here; the others multiply the weight by their own, or start from its values.
-_BESIDE_THE_WEIGHT = frozenset({"LORA", "IA3", "ADALORA", "LOHA", "LOKR"})
+_BESIDE_THE_WEIGHT = frozenset({"LORA", "IA3", "ADALORA"})
 _LORA_READS = (
     "use_dora",
     "use_qalora",
@@ -116,11 +117,13 @@ def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
 def inject(config: Any, model: nn.Module, *, on_meta: bool = False) -> Injection:
     """Put adapters into a model; only they train. `ValueError` with PEFT's reason if it refuses."""
     from peft import inject_adapter_in_model
+    from peft.functional import cast_adapter_dtype
 
     before = Injection.of(model)
+    fake = any(is_fake(parameter) for parameter in model.parameters())
     config.base_model_name_or_path = vars(model).get("name_or_path")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.device("meta") if fake else nullcontext():
             # PEFT sets this one by itself, for each kind of layer, and says so
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
             inject_adapter_in_model(
@@ -131,9 +134,46 @@ def inject(config: Any, model: nn.Module, *, on_meta: bool = False) -> Injection
         raise ValueError(
             f"PEFT cannot put {config.peft_type.value} into {type(model).__name__}: {error}"
         ) from error
+    if fake:
+        _make_fake_adapters(model)
+    elif not on_meta:
+        cast_adapter_dtype(model, ADAPTER_NAME)  # to fp32, as PEFT's own wrapper does
     if hasattr(model, "save_pretrained"):
         vars(model)["_hf_peft_config_loaded"] = True  # save_pretrained writes PEFT's layout
     return before
+
+
+@torch.no_grad()
+def _make_fake_adapters(model: nn.Module) -> None:
+    """Give adapters on meta the fake tensors that PEFT would have made, with its detours.
+
+    PEFT moves each new adapter to the base's dtype, and all of them to fp32 in the end. It does so
+    through `Module.to`, which cannot replace a fake parameter.
+    """
+    made: list[tuple[nn.Module, str, Tensor]] = []
+    for _, layer in adapter_layers(model):
+        found = [
+            (module, name, torch.empty(p.shape, dtype=p.dtype, device=_device(model)))
+            for module in layer.modules()
+            for name, p in module._parameters.items()
+            if p is not None and p.device.type == "meta"
+        ]
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        for index, (module, name, tensor) in enumerate(found):
+            if isinstance(weight, Tensor) and weight.is_floating_point():
+                found[index] = (module, name, tensor.to(weight.dtype))
+                del tensor
+        made += found
+        found.clear()
+    while made:
+        module, name, tensor = made.pop(0)
+        narrow = tensor.dtype in (torch.bfloat16, torch.float16)
+        trains = module._parameters[name].requires_grad  # type: ignore[union-attr]
+        module._parameters[name] = nn.Parameter(tensor.float() if narrow else tensor, trains)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(p.device for p in model.parameters() if p.device.type != "meta")
 
 
 def check_targets(config: Any, model: nn.Module) -> None:

@@ -129,7 +129,7 @@ def export_checkpoint(
     """
     source, target = Path(checkpoint), _target(output_dir)
     adapters = has_adapter_files(source)
-    model = _base(source, base) if adapters else _load(source)
+    model: Any = _base(source, base) if adapters else _load(source)
     strategies = read_strategies(source)
     if strategies:
         session = Session(model, strategies)

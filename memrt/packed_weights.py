@@ -132,7 +132,7 @@ def note_packed(
     state.dense_shape, state.dense_dtype = shape, dtype
     if is_conv1d(module):
         state.in_features, state.out_features = shape
-    return _packed_class(type(module), form)
+    return _packed_class(type(state), form)
 
 
 @torch.no_grad()

@@ -22,11 +22,13 @@ __all__ = ["Int8"]
 
 
 def _pack(weight: Tensor, output_axis: int) -> Tensor:
-    return int8_quantize(weight, output_axis)
+    result: Tensor = int8_quantize(weight, output_axis)
+    return result
 
 
 def _dense(packed: Tensor, shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> Tensor:
-    return int8_dequantize(packed, shape, axis, dtype)
+    result: Tensor = int8_dequantize(packed, shape, axis, dtype)
+    return result
 
 
 @register

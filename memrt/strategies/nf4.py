@@ -29,11 +29,13 @@ __all__ = ["NF4"]
 
 
 def _pack(weight: Tensor, output_axis: int) -> Tensor:
-    return nf4_quantize(weight)  # blocks of the storage, whichever way the weight lies
+    result: Tensor = nf4_quantize(weight)  # blocks of the storage, whichever way the weight lies
+    return result
 
 
 def _dense(packed: Tensor, shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> Tensor:
-    return nf4_dequantize(packed, shape, dtype)
+    result: Tensor = nf4_dequantize(packed, shape, dtype)
+    return result
 
 
 @register

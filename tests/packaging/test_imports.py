@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (  # the protocol, and what strategies and sessions are made of
         "memrt.active_set",
         "memrt.adapters",
+        "memrt.adapters",
         "memrt.compose",
         "memrt.errors",
         "memrt.gradients",
@@ -31,6 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "memrt.observer",
         "memrt.optimizer_slots",
         "memrt.optimizer_state",
+        "memrt.packed_strategy",
+        "memrt.packed_weights",
         "memrt.packed_strategy",
         "memrt.packed_weights",
         "memrt.places",

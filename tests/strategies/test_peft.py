@@ -1,0 +1,294 @@
+"""`peft`: any configuration, PEFT's files, and what is refused before anything is touched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memrt
+from memrt import registry
+from memrt.adapters import adapter_layers
+from memrt.errors import ConflictError
+from memrt.export import export_checkpoint
+from memrt.packed_weights import packed_layers
+from memrt.runner import model_loss
+from memrt.strategies.peft import Peft
+from memrt.testing import FAMILIES, tiny_batches, tiny_model
+from tests.trainer_runs import assert_same, history, model_of, run, saved_state, weights
+
+pytestmark = pytest.mark.filterwarnings(  # PEFT asks transformers by a name of before
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
+
+SAVING = {"save_strategy": "steps", "save_steps": 3}
+
+
+def logits(model: Any, family: str = "llama") -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model.eval()(**tiny_batches(family, seed=3)[0])["logits"]
+    return result
+
+
+def fresh(family: str = "llama") -> nn.Module:
+    torch.manual_seed(0)
+    return tiny_model(family).train()
+
+
+# -------------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        registry.parse('peft(method="lora", rank=16, targets="all-linear")'),
+        registry.parse("peft(rank=4, alpha=8, dropout=0.1, targets=['q_proj'])"),
+        registry.parse("peft(method='ia3', options={'feedforward_modules': []})"),
+        Peft(config=peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], use_rslora=True)),
+        Peft(config=peft.LoHaConfig(r=2, target_modules={"q_proj"})),
+        Peft(config={"peft_type": "LORA", "r": 5, "target_modules": "all-linear"}),
+    ],
+    ids=str,
+)
+def test_settings_survive_json(strategy: Peft) -> None:
+    again = registry.from_json(json.loads(json.dumps(strategy.to_json())))
+    assert again == strategy
+    assert isinstance(again, Peft)
+    assert again.build().to_dict() == strategy.build().to_dict()
+
+
+def test_a_name_and_a_configuration_say_the_same() -> None:
+    named = registry.parse("peft(rank=4, dropout=0.1, targets=['q_proj'])")
+    config = peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj"])
+    assert isinstance(named, Peft)
+    assert named.build().to_dict() == Peft(config=config).build().to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("peft(method='lorra')", "unknown PEFT method 'lorra'.*lora"),
+        ("peft(rank=0)", "rank=0"),
+        ("peft(dropout=1.0)", "dropout=1.0"),
+        ("peft(method='ia3', rank=3)", "rank=3: PEFT's ia3 has none"),
+        ("peft(options={'rang': 3})", "unknown option of PEFT's LoraConfig 'rang'"),
+        ("peft(options={'layers_pattern': 'h'})", "refuses these settings"),
+        ("peft(rank=3, config={'peft_type': 'LORA'})", "rank=3 and config were given"),
+        ("peft(config={'r': 3})", "has no peft_type"),
+    ],
+)
+def test_bad_settings_are_refused(spec: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        registry.parse(spec)
+
+
+# -------------------------------------------------------------------- in the model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_and_gradients_of_get_peft_model(family: str) -> None:
+    """The same start, loss and gradients as PEFT's own wrapper, from the same seed."""
+    config = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": "all-linear"}
+    ours, theirs = fresh(family), fresh(family)
+    torch.manual_seed(1)
+    session = memrt.prepare(ours, [Peft(config=peft.LoraConfig(**config))])
+    torch.manual_seed(1)
+    if family == "gpt2":
+        config["fan_in_fan_out"] = True
+    wrapped = peft.get_peft_model(theirs, peft.LoraConfig(**config))
+    batch = tiny_batches(family)[0]
+    torch.manual_seed(2)
+    with session.micro_batch():
+        loss = model_loss(ours, batch)
+        session.backward(loss)
+    torch.manual_seed(2)
+    expected = model_loss(wrapped, batch)
+    expected.backward()
+    assert torch.equal(loss, expected)
+    found = {n: p for n, p in ours.named_parameters() if p.requires_grad}
+    wanted = {n.removeprefix("base_model.model."): p for n, p in wrapped.named_parameters()}
+    assert found.keys() == {n for n, p in wanted.items() if p.requires_grad}
+    for name, parameter in found.items():
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, wanted[name].grad), name
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "peft(method='ia3')",
+        "peft(method='adalora', options={'total_step': 20})",
+        "peft(method='loha', rank=2)",
+        "peft(method='lokr', rank=2)",
+        "peft(method='oft', options={'oft_block_size': 0, 'r': 4})",
+        "peft(method='hra', rank=2)",
+        "peft(options={'use_dora': True})",
+        "peft(options={'modules_to_save': ['lm_head'], 'bias': 'all'})",
+        "peft(targets=['embed_tokens', 'q_proj'])",
+    ],
+)
+def test_other_methods_train_and_leave(spec: str) -> None:
+    model = fresh()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    attributes = [set(vars(module)) for module in model.modules()]
+    session = memrt.prepare(model, [spec], lr=1e-2)
+    losses = []
+    for step in range(4):
+        batch = tiny_batches("llama", seed=step % 2)[0]
+        losses.append(float(session.train_micro_batch(lambda b=batch: model_loss(model, b))))  # type: ignore[misc]
+        session.step()
+    assert sum(losses[2:]) < sum(losses[:2])
+    session.detach()
+    assert [type(module) for module in model.modules()] == kinds
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    found = model.state_dict()
+    assert found.keys() == state.keys()
+    trained = {"lm_head"} if "modules_to_save" in spec else set()
+    for name in state:
+        if name.partition(".")[0] not in trained:
+            assert torch.equal(found[name], state[name]), name
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "adalora"])
+def test_methods_that_pass_over_packed_weights_train_there(method: str) -> None:
+    """Each of the list in `memrt.adapters`: a real gradient, and the codes are not touched."""
+    options = ", options={'total_step': 20}" if method == "adalora" else ""
+    model = fresh()
+    session = memrt.prepare(model, ["nf4", f"peft(method='{method}'{options})"], lr=1e-2)
+    codes = {name: module.weight.clone() for name, module in packed_layers(model)}
+    batch = tiny_batches("llama")[0]
+    losses = []
+    for _ in range(4):
+        losses.append(float(session.train_micro_batch(lambda: model_loss(model, batch))))
+        session.step()
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(module.weight, codes[name]) for name, module in packed_layers(model))
+
+
+# -------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("stack", "message"),
+    [
+        (["peft(targets=['nope'])"], r"peft: PEFT cannot put LORA into Llama.*'nope'.* not found"),
+        (["peft(method='vera')"], "peft: PEFT cannot put VERA into .*get_peft_model"),
+        (["peft(method='prompt_tuning', options={'num_virtual_tokens': 3})"], "get_peft_model"),
+        (
+            ["nf4", "peft(options={'use_dora': True})"],
+            "use_dora=True reads .* nf4 keeps them packed",
+        ),
+        (
+            ["nf4", "peft(options={'init_lora_weights': 'pissa'})"],
+            "init_lora_weights='pissa' reads",
+        ),
+        (["int8", "peft(method='hra')"], "PEFT's HRA reads or changes"),
+        (["lisa", "peft"], "lisa and peft both own the active set"),
+    ],
+)
+def test_refused_before_anything_is_touched(stack: list[str], message: str) -> None:
+    model = fresh()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ConflictError, match=message):
+        memrt.prepare(model, stack)
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_with_adapters_is_refused() -> None:
+    model = peft.get_peft_model(fresh(), peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ConflictError, match="has adapters already"):
+        memrt.prepare(model, ["peft"])
+
+
+def test_prompt_learning_goes_through_peft_itself(tmp_path: Path) -> None:
+    """What the refusal says to do works: no strategy, PEFT's wrapper, memrt's Trainer."""
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = run(tmp_path, model=peft.get_peft_model(model_of("llama"), config), max_steps=2)
+    assert trainer.state.global_step == 2
+
+
+# -------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("stack", [["peft(rank=4)"], ["nf4", "peft(rank=4, dropout=0.1)"]], ids=str)
+def test_checkpoints_are_pefts_own_and_resume_exactly(stack: list[str], tmp_path: Path) -> None:
+    options = {"strategies": stack}
+    whole = run(tmp_path / "run", options=options, **SAVING)
+    checkpoint = tmp_path / "run/checkpoint-3"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    assert "model.safetensors" not in names
+    resumed = run(tmp_path / "again", options=options, resume=str(checkpoint), **SAVING)
+    assert_same(weights(resumed), weights(whole))
+    assert_same(saved_state(resumed), saved_state(whole))
+    assert history(resumed)[3:-1] == history(whole)[3:-1]  # the last is a mean over the process
+
+    base = model_of("llama")
+    if "nf4" in stack:
+        memrt.prepare(base, ["nf4", "peft"]).detach()  # the rounded weights
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "run/checkpoint-6")
+    assert torch.allclose(logits(loaded), logits(whole.model), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(model_of("llama")), logits(whole.model))
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
+    trainer = run(
+        tmp_path,
+        options={"strategies": ["peft(rank=4)"], "eval_dataset": None},
+        learning_rate=1e-2,
+        **SAVING,
+    )
+    trained = weights(trainer)
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-3")
+    trainer._load_best_model()
+    changed = [n for n, tensor in weights(trainer).items() if not torch.equal(tensor, trained[n])]
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_adapters_of_another_rank_are_refused_on_resume(tmp_path: Path) -> None:
+    run(tmp_path / "run", options={"strategies": ["peft(rank=4)"]}, **SAVING)
+    with pytest.raises(
+        ValueError, match=r"written with peft\(rank=4\), this run has peft\(rank=2\)"
+    ):
+        run(
+            tmp_path / "again",
+            options={"strategies": ["peft(rank=2)"]},
+            resume=str(tmp_path / "run/checkpoint-3"),
+        )
+
+
+def test_an_export_without_a_base_says_what_to_give(tmp_path: Path) -> None:
+    run(tmp_path / "run", options={"strategies": ["peft(rank=4)"]}, **SAVING)
+    with pytest.raises(ValueError, match=r"base=None: .*adapters alone"):
+        export_checkpoint(tmp_path / "run/checkpoint-3", tmp_path / "plain")
+
+
+def test_the_base_that_the_adapters_name_is_found(tmp_path: Path) -> None:
+    model_of("llama").save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    model = memrt.load(tmp_path / "base")
+    trainer = run(tmp_path / "run", model=model, options={"strategies": ["peft(rank=4)"]}, **SAVING)
+    export_checkpoint(tmp_path / "run/checkpoint-6", tmp_path / "plain")
+    plain = type(model).from_pretrained(tmp_path / "plain")  # type: ignore[attr-defined]
+    assert torch.allclose(logits(plain), logits(trainer.model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_method_that_cannot_be_folded_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("not this one")
+
+    model = fresh()
+    session = memrt.prepare(model, ["peft(targets=['q_proj'])"])
+    assert len(adapter_layers(model)) == 4
+    monkeypatch.setattr(peft.tuners.lora.Linear, "merge", refuse)
+    with pytest.raises(ValueError, match=r"not this one.*PeftModel\.from_pretrained"):
+        session.export()
