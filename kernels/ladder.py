@@ -10,7 +10,7 @@ H gets no gradient. ``ladder_mix`` is the second half alone, for a D that was ma
 
 Bytes kept for backward: H for dW (the *tap*: tokens · hidden elements; with ``kept="float8"`` one
 byte each and 4 a token, E4M3 with a scale a token, so that only dW is rounded), and S - D
-(tokens · side) instead of S and D. D is workspace of the forward.
+(tokens · side) instead of S and D.
 
 Source: the ladder of LST (arXiv 2206.06522); the reading in one operator is memrt's.
 """
@@ -74,9 +74,12 @@ def ladder_mix(down: Tensor, state: Tensor, gate: Tensor) -> Tensor:
     return result
 
 
-def _mixed(down: Tensor, state: Tensor, gate: Tensor) -> Tensor:
+def _mixed(down: Tensor, state: Tensor, gate: Tensor, *, in_place: bool = False) -> Tensor:
     # lerp is exact at both ends, where g S + (1 - g) D may meet 0 · inf
-    return torch.lerp(down.to(state.dtype), state, gate.to(state.dtype))
+    opened = gate.to(state.dtype)
+    if in_place and down.dtype == state.dtype:
+        return down.lerp_(state, opened)
+    return torch.lerp(down.to(state.dtype), state, opened)
 
 
 # ---------------------------------------------------------------- down-projection, gate and sum
@@ -96,7 +99,7 @@ def _down(
     mixed, difference = down, down.new_empty(0)
     if state is not None and gate is not None:
         difference = state - down
-        mixed = _mixed(down, state, gate)
+        mixed = _mixed(down, state, gate, in_place=True)
     codes, scales = hidden.new_empty(0, dtype=_FLOAT8), hidden.new_empty(0, dtype=torch.float32)
     if float8:
         codes, scales = _to_float8(hidden)
@@ -130,13 +133,9 @@ def _workspace_bytes(
     gate: Tensor | None,
     float8: bool,
 ) -> int:
-    tokens = hidden.shape[:-1].numel()
-    if state is None:
+    if state is None or hidden.dtype == state.dtype:
         return 0
-    num_bytes = tokens * weight.shape[0] * hidden.element_size()  # D
-    if hidden.dtype != state.dtype:
-        num_bytes += tokens * weight.shape[0] * state.element_size()
-    return num_bytes
+    return hidden.shape[:-1].numel() * weight.shape[0] * hidden.element_size()  # D
 
 
 register_workspace("memrt::ladder_down", _workspace_bytes)

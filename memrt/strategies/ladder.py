@@ -21,13 +21,14 @@ LST: Sung et al. 2022, arXiv 2206.06522. QST, with `nf4`: Zhang et al. 2024, arX
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from memrt.kernels.ladder import KEPT
-from memrt.ladder.attach import task_head
+from memrt.ladder.attach import final_norm, task_head
 from memrt.ladder.build import build_ladder, prunes
 from memrt.ladder.shape import body_of, narrow_config
 from memrt.profiling.accounts import Account
@@ -36,7 +37,7 @@ from memrt.strategy import Attachment, Claim, Phase, Slot, Strategy
 
 if TYPE_CHECKING:
     from memrt.session import Session
-    from memrt.structure import Facts
+    from memrt.structure import Facts, LayerStack
 
 __all__ = ["Ladder"]
 
@@ -144,29 +145,36 @@ class Ladder(Strategy):
                 f"{kind} has {len(stacks)} lists of repeated blocks ({names}), not one"
             )
         for stack in stacks:
-            count = len(stack.layers)
-            missing = [index for index in self.layers if index >= count]
-            if missing:
-                raise ValueError(
-                    f"layers={self.layers!r}: {stack.name} has {count} blocks, so that there is no "
-                    f"{missing[0]}; the last is {count - 1}"
-                )
-            if self.every > count:
-                raise ValueError(f"every={self.every} is more than the {count} blocks; lower it")
-            self._check_stack(facts, stack.layers[0], body_of(facts.model, stack))
+            self._check_stack(facts, stack)
         if self.init == "magnitude":
             prunes(facts, self)
         if self.head == "trained" and not _behind(facts):
             raise ValueError(f"head='trained': {kind} has nothing behind the join that could train")
 
-    def _check_stack(self, facts: Facts, block: nn.Module, body: str | None) -> None:
+    def _check_stack(self, facts: Facts, stack: LayerStack) -> None:
+        count = len(stack.layers)
+        missing = [index for index in self.layers if index >= count]
+        if missing:
+            raise ValueError(
+                f"layers={self.layers!r}: {stack.name} has {count} blocks, so that there is no "
+                f"{missing[0]}; the last is {count - 1}"
+            )
+        if self.every > count:
+            raise ValueError(f"every={self.every} is more than the {count} blocks; lower it")
+        norm = final_norm(facts.model, stack)
+        for name in [*map(stack.layer_name, range(count)), *([] if norm is None else [norm])]:
+            if "forward" in vars(facts.model.get_submodule(name)):
+                raise ValueError(
+                    f"the forward of {name} was replaced on this instance (accelerate's device_map "
+                    "does it), so that no ladder would be climbed; put the model on one device"
+                )
+        body = body_of(facts.model, stack)
         if body is not None:
             config: Any = facts.model.get_submodule(body).config
             if getattr(config, "num_attention_heads", None) is None:
-                raise ValueError(
-                    f"{type(block).__name__} has no attention heads that could be fewer"
-                )
+                raise ValueError(f"{stack.name} has no attention heads that could be fewer")
             narrow_config(config, self.reduction)  # refuses what it cannot divide
+            _refuse_biases(stack, config)
 
     def claims(self, facts: Facts) -> list[Claim]:
         """What trains, and the recomputation of the backbone's blocks, which have no backward."""
@@ -188,6 +196,17 @@ class Ladder(Strategy):
     def attach(self, run: Session) -> Attachment:
         """Freeze the backbone and hang the side network below it."""
         return _Ladder(self, run)
+
+
+def _refuse_biases(stack: LayerStack, config: Any) -> None:
+    """Position biases that a block is given, and does not hand on as T5's do, are by head."""
+    given = inspect.signature(stack.layers[0].forward).parameters
+    alibi = "alibi" in given and getattr(config, "alibi", True)
+    if alibi or ("position_bias" in given and "encoder_decoder_position_bias" not in given):
+        raise ValueError(
+            f"the blocks of {stack.name} take a position bias for each of their heads (ALiBi), of "
+            "which the side network has fewer; use a model with other positions"
+        )
 
 
 def _behind(facts: Facts) -> list[str]:

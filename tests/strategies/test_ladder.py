@@ -91,6 +91,22 @@ def test_the_side_network_alone_trains_and_no_graph_reaches_the_backbone(family:
     assert_equal({n: t for n, t in model.state_dict().items() if CHILD not in n}, before)
 
 
+def test_trains_beside_a_backbone_that_was_loaded_in_four_bits() -> None:
+    from memrt.testing import tiny_config
+
+    stack = ["nf4", "ladder(reduction=4)", "int8_states", "fused_loss(chunk_tokens=8)"]
+    model = memrt.load(tiny_config("llama", hidden=64), stack, seed=0)
+    batch = batch_of("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = logits(model.eval(), batch)
+    session = memrt.prepare(model.train(), stack, lr=1e-2)
+    assert torch.equal(logits(model.eval(), batch), expected)
+    model.train()
+    losses = [float(step(session, batch)) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    assert_equal({n: t for n, t in model.state_dict().items() if CHILD not in n}, before)
+
+
 def test_a_user_s_own_gradients_at_the_input_do_not_open_the_backbone() -> None:
     model = model_of("llama")
     ladder(model)
@@ -412,6 +428,19 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(ConflictError, match="no list of repeated blocks"):
         ladder(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+
+
+def test_a_forward_that_was_replaced_and_biases_by_head_are_refused() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = model_of("llama")
+    block = model.model.layers[1]
+    block.forward = block.forward
+    with pytest.raises(ConflictError, match=r"model\.layers\.1 was replaced on this instance"):
+        ladder(model)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=2))
+    with pytest.raises(ConflictError, match="position bias for each of their heads"):
+        ladder(bloom)
 
 
 def test_blocks_that_cannot_be_made_narrower_are_refused() -> None:
