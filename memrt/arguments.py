@@ -29,7 +29,7 @@ def _decoded(spec: Any) -> Any:
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
-    """The fields of `transformers.TrainingArguments`, and three of memrt's."""
+    """The fields of `transformers.TrainingArguments`, and four of memrt's."""
 
     # transformers' parser resolves the annotation and reads `list[str]` as one or more strings;
     # mappings and Strategy objects are accepted as well and come out as strings
@@ -51,14 +51,26 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         default=True,
         metadata={"help": "Stop with an error when the loss becomes NaN or infinite."},
     )
+    stochastic_rounding: bool = field(
+        default=True,
+        metadata={
+            "help": "Round bf16 weights stochastically, where a strategy brings a part of the "
+            "optimizer: updates below bf16's precision then count in the mean."
+        },
+    )
 
     def __post_init__(self) -> None:
         specs = [] if self.strategies is None else self.strategies
         if isinstance(specs, str):
             raise ValueError(f"strategies={specs!r}: must be a list; write [{specs!r}]")
-        for name in ("memory_report", "stop_on_nonfinite"):
+        for name in ("memory_report", "stop_on_nonfinite", "stochastic_rounding"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
+        if not self.stochastic_rounding and not specs:
+            raise ValueError(
+                "stochastic_rounding=False has no effect without strategies: torch's AdamW rounds "
+                "to the nearest; leave it out"
+            )
         parsed = registry.parse_all([_decoded(spec) for spec in specs])
         # strings, so that the arguments go to JSON, to a logger and through dataclasses.replace
         self.strategies = [str(strategy) for strategy in parsed]

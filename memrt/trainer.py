@@ -141,6 +141,7 @@ class MemoryMixin(ReportMixin):
             label_smoothing=args.label_smoothing_factor,
             custom_loss=self.compute_loss_func is not None,
             seed=args.seed,
+            stochastic_rounding=getattr(args, "stochastic_rounding", True),
         )
 
     def _optimizer_name(self) -> str:

@@ -99,6 +99,7 @@ def test_everything_else_is_as_in_transformers(tmp_path: Path) -> None:
     ours = arguments(tmp_path).to_dict()
     theirs = arguments(tmp_path, cls=transformers.TrainingArguments).to_dict()
     added = {"strategies": [], "memory_report": False, "stop_on_nonfinite": True}
+    added["stochastic_rounding"] = True
     assert ours == {**theirs, **added}
 
 
@@ -115,6 +116,8 @@ def test_everything_else_is_as_in_transformers(tmp_path: Path) -> None:
         ({"strategies": [{"layers": 1, "every": 2}]}, "has no 'name'"),
         ({"memory_report": "yes"}, "memory_report='yes': must be True or False"),
         ({"stop_on_nonfinite": 1}, "stop_on_nonfinite=1"),
+        ({"stochastic_rounding": 0}, "stochastic_rounding=0: must be True or False"),
+        ({"stochastic_rounding": False}, "has no effect without strategies"),
     ],
 )
 def test_mistakes_are_named(options: dict[str, Any], match: str, tmp_path: Path) -> None:
