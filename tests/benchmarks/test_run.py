@@ -17,7 +17,7 @@ from benchmarks.plan_accuracy.benchmark import rise_in_trace
 from benchmarks.record import RESULTS, ROOT, check_record
 from benchmarks.shapes import SHAPES, llama_config
 
-NAMES = ["ledger_cost", "plan_accuracy", "plan_time", "trainer_overhead"]
+NAMES = ["ledger_cost", "optimizer_step", "plan_accuracy", "plan_time", "trainer_overhead"]
 
 
 def test_every_folder_with_a_benchmark_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
