@@ -38,6 +38,7 @@ _BUILT_IN = {
     "galore": "memrt.strategies.galore",
     "int8": "memrt.strategies.int8",
     "in_backward": "memrt.strategies.in_backward",
+    "int4_states": "memrt.strategies.int4_states",
     "int8_states": "memrt.strategies.int8_states",
     "ladder": "memrt.strategies.ladder",
     "lisa": "memrt.strategies.lisa",

@@ -1,4 +1,4 @@
-"""Moments in few bits: int8 by bitsandbytes' map, FP8 with expanded range.
+"""Moments in few bits: int8 by bitsandbytes' map, FP8 with expanded range, 4 bits.
 
 Parameters with fewer than 4096 elements keep fp32 moments (bitsandbytes' rule: norms and biases are
 where few bits hurt, and are few).
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from memrt.kernels.adamw_fp8 import adamw_fp8
+from memrt.kernels.adamw_int4 import adamw_int4, num_code_bytes
 from memrt.kernels.adamw_int8 import adamw_int8
+from memrt.kernels.adamw_step import num_groups
 from memrt.kernels.dynamic_map import dynamic_map, num_blocks
-from memrt.kernels.expanded_fp8 import num_groups
 from memrt.optimizers.state_format import AdamWSettings, StateFormat, StateTensor, Update
 
-__all__ = ["MIN_QUANTIZED_ELEMENTS", "Fp8", "Int8"]
+__all__ = ["MIN_QUANTIZED_ELEMENTS", "Fp8", "Int4", "Int8"]
 
 MIN_QUANTIZED_ELEMENTS = 4096
 
@@ -112,6 +113,44 @@ class Fp8(StateFormat):
                 state["exp_avg_sq_largest"],
                 state["exp_avg_power"],
                 state["exp_avg_sq_power"],
+                state["step"],
+                settings.lr,
+                settings.beta1,
+                settings.beta2,
+                settings.eps,
+                settings.weight_decay,
+                rounding_key,
+            )
+
+
+class Int4(StateFormat):
+    """Block-wise 4-bit moments: 1.06 bytes an element, see `memrt.kernels.adamw_int4`."""
+
+    name: ClassVar[str] = "int4"
+    min_elements: ClassVar[int] = MIN_QUANTIZED_ELEMENTS
+
+    def layout(self, shape: Sequence[int]) -> dict[str, StateTensor]:
+        """Codes, two in a byte, and scales [blocks], all flat; the step is read, so on the host."""
+        num_bytes, blocks = (num_code_bytes(prod(shape)),), (num_groups(prod(shape)),)
+        return {
+            "step": StateTensor((), torch.float32, on_host=True),
+            "exp_avg_codes": StateTensor(num_bytes, torch.uint8),
+            "exp_avg_sq_codes": StateTensor(num_bytes, torch.uint8),
+            "exp_avg_scales": StateTensor(blocks, torch.float32),
+            "exp_avg_sq_scales": StateTensor(blocks, torch.float32),
+        }
+
+    def adamw(self, updates: Sequence[Update], settings: AdamWSettings) -> None:
+        """One call of the operator for each parameter."""
+        for parameter, gradient, state, rounding_key in updates:
+            state["step"].add_(1)
+            adamw_int4(
+                parameter,
+                gradient,
+                state["exp_avg_codes"],
+                state["exp_avg_sq_codes"],
+                state["exp_avg_scales"],
+                state["exp_avg_sq_scales"],
                 state["step"],
                 settings.lr,
                 settings.beta1,

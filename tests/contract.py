@@ -46,6 +46,7 @@ SPECS: dict[str, str] = {
     "galore": "galore(rank=4, every=3)",
     "int8": "int8",
     "in_backward": "in_backward(clip='two_pass')",
+    "int4_states": "int4_states",
     "int8_states": "int8_states",
     "ladder": "ladder(reduction=2)",
     "lisa": "lisa(layers=1, every=2)",

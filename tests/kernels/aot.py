@@ -2,7 +2,7 @@
 
 `compile_ahead` runs this file in a process of its own, where Triton is not interpreting, and gives
 for every architecture what ptxas says of the kernel: registers a thread, bytes spilled to memory,
-and shared memory.
+shared memory, and the machine's instructions.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ def _compile(request: Mapping[str, Any], architecture: int) -> Resources:
         (Path(place) / "kernel.ptx").write_text(ptx)
         command = [str(assembler), "-v", f"--gpu-name={_target(ptx)}", "kernel.ptx", "-o", "out"]
         said = subprocess.run(command, cwd=place, capture_output=True, text=True, check=True).stderr
+        dump = [str(folder / "cuobjdump"), "-sass", "out"]
+        sass = subprocess.run(dump, cwd=place, capture_output=True, text=True, check=True).stdout
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
     registers = re.search(r"Used (\d+) registers", said)
     assert registers is not None, said
@@ -112,7 +114,7 @@ def _compile(request: Mapping[str, Any], architecture: int) -> Resources:
         registers=int(registers[1]),
         spill_bytes=sum(map(int, spills)),
         shared_bytes=compiled.metadata.shared,
-        num_instructions=ptx.count(";\n"),
+        num_instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)", sass, re.MULTILINE)),
     )
 
 

@@ -203,8 +203,21 @@ def test_it_compiles_for_every_architecture_without_spills(
         },
         {"BLOCK": 1024},
         num_warps=4,
+        enable_fp_fusion=False,
     )
     for architecture, resources in found.items():
         record_property(f"sm_{architecture}", str(resources))
         assert resources.spill_bytes == 0, resources
         assert resources.registers <= 64, resources
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_the_bits_of_the_cpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    source = torch.randn(2**16 + 67)
+    expected = torch.empty_like(source, dtype=torch.bfloat16)
+    stochastic_copy_(expected, source, rounding=rounding(step=7), first_index=2**32 - 5)
+    target = torch.empty_like(expected, device="cuda")
+    stochastic_copy_(target, source.cuda(), rounding=rounding(step=7), first_index=2**32 - 5)
+    assert torch.equal(target.cpu(), expected)

@@ -248,7 +248,7 @@ def test_formats_mix_between_groups() -> None:
 # ---------------------------------------------------------------- projections
 
 
-@pytest.mark.parametrize("state_format", ["float32", "int8", "fp8"])
+@pytest.mark.parametrize("state_format", list(STATE_FORMATS))
 def test_identity_projection_is_adamw(state_format: str) -> None:
     """The same update by another route: equal up to the roundings of N and of lr * N."""
     (ours,), (theirs,) = new_parameters([LARGE]), new_parameters([LARGE])
@@ -686,7 +686,12 @@ def test_a_fake_run_allocates_what_a_real_run_does(
     born, state_bytes = real
 
     large = 72 * 64 if projected else 80 * 64
-    bytes_an_element = {"float32": 8, "int8": 2 + 8 / 256, "fp8": 2 + 10 / 128}[state_format]
+    bytes_an_element = {
+        "float32": 8,
+        "int8": 2 + 8 / 256,
+        "fp8": 2 + 10 / 128,
+        "int4": 1 + 8 / 128,
+    }[state_format]
     assert state_bytes == large * bytes_an_element + 4 + (8 * 64 + 4)
     expected = state_bytes + (2048 if state_format == "int8" else 0)  # and the code maps
     if projected:

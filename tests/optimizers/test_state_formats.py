@@ -14,6 +14,7 @@ from memrt.optimizers.state_formats import (
     AdamWSettings,
     Float32,
     Fp8,
+    Int4,
     Int8,
     Update,
 )
@@ -59,7 +60,11 @@ def test_bytes_an_element_are_what_the_docstring_says() -> None:
     assert Int8().state_bytes((4097,)) == 2 * 4097 + 8 * 17 + 4
     assert Fp8().state_bytes(shape) == (2 + 10 / 128) * num_elements + 4
     assert Fp8().state_bytes((4097,)) == 2 * 4097 + 10 * 33 + 4
-    assert Int8.min_elements == Fp8.min_elements == MIN_QUANTIZED_ELEMENTS == 4096
+    assert Int4().state_bytes(shape) == (1 + 8 / 128) * num_elements + 4
+    assert Int4().state_bytes((4097,)) == 2 * 2049 + 8 * 33 + 4
+    assert (
+        Int8.min_elements == Fp8.min_elements == Int4.min_elements == MIN_QUANTIZED_ELEMENTS == 4096
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +189,24 @@ def test_code_maps_exist_once() -> None:
 # ---------------------------------------------------------------- every format
 
 
-QUANTIZED = [name for name in STATE_FORMATS if name != "float32"]
+@pytest.mark.parametrize(
+    ("name", "share"), [("float32", 1e-6), ("int8", 0.03), ("fp8", 0.03), ("int4", 0.35)]
+)
+def test_every_format_stays_near_fp32_adamw(name: str, share: float) -> None:
+    """Twenty steps of log-normal gradients, within what the format rounds off its moments."""
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.nn.Parameter(torch.zeros(2**14))
+    optimizer = torch.optim.AdamW([exact], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
+    form, parameter = STATE_FORMATS[name](), torch.zeros(2**14)
+    state = form.create(parameter.shape, DEVICE)
+    for _ in range(20):
+        noise = torch.randn(2, 2**14, generator=generator)
+        exact.grad = (noise[0] + 0.3) * noise[1].exp()
+        optimizer.step()
+        form.adamw([Update(parameter, exact.grad, state)], SETTINGS)
+    assert (parameter - exact.detach()).norm() < share * exact.detach().norm()
+
+
 KEY = (123456789, 987654321)
 
 
