@@ -34,6 +34,7 @@ _BUILT_IN = {
     "badam": "memrt.strategies.badam",
     "fira": "memrt.strategies.fira",
     "fp8_states": "memrt.strategies.fp8_states",
+    "fused_lora": "memrt.strategies.fused_lora",
     "fused_loss": "memrt.strategies.fused_loss",
     "galore": "memrt.strategies.galore",
     "int8": "memrt.strategies.int8",

@@ -42,6 +42,7 @@ SPECS: dict[str, str] = {
     "badam": "badam(every=2)",
     "fira": "fira(rank=4, every=3)",
     "fp8_states": "fp8_states",
+    "fused_lora": "fused_lora",
     "fused_loss": "fused_loss(chunk_tokens=8)",
     "galore": "galore(rank=4, every=3)",
     "int8": "int8",
@@ -57,7 +58,7 @@ SPECS: dict[str, str] = {
 }
 """Every registered strategy with settings that bite on a model of a few thousand parameters."""
 
-PARTNERS: dict[str, list[str]] = {"int8": ["peft"], "nf4": ["peft"]}
+PARTNERS: dict[str, list[str]] = {"fused_lora": ["peft"], "int8": ["peft"], "nf4": ["peft"]}
 """Strategies that do not run alone, and what the contract gives them beside."""
 
 ROUNDED = frozenset({"int8", "nf4"})
@@ -79,6 +80,7 @@ STACKS: list[list[str]] = [
     ["galore", "in_backward", "int8_states"],
     ["activation_checkpoint", "offload_activations", "lisa", "int8_states"],
     ["nf4", "peft", "activation_checkpoint"],
+    ["nf4", "peft", "fused_lora", "offload_activations"],
     ["int8", "peft", "int8_states", "offload_activations"],
 ]
 """Stacks that must train on every family; each also with `fused_loss` where there is a head."""
