@@ -36,12 +36,35 @@ def first_match(
     return None
 
 
+def _other_optimizer(
+    rules: Sequence[Rule], groups: Sequence[dict[str, Any]], options: dict[str, Any]
+) -> torch.optim.Optimizer | None:
+    """What a rule for `Slot.UPDATE_RULE` brings in AdamW's place; None without one."""
+    named = [item for group in groups for item in group["params"]]
+    found = [first_match(rules, Slot.UPDATE_RULE, *item) for item in named]
+    rule = next((rule for rule in found if rule is not None), None)
+    if rule is None:
+        return None
+    if any(other is not rule for other in found):
+        raise ValueError(
+            "update rules that serve a part of the parameters are not composed; let one strategy "
+            "own the update rule of every parameter"
+        )
+    kept = [
+        {**group, "params": [p for _, p in group["params"]]} for group in groups if group["params"]
+    ]
+    shared = {key: options[key] for key in ("lr", "weight_decay")}
+    optimizer: torch.optim.Optimizer = rule.build(*named[0])(kept, **shared, **rule.options)
+    return optimizer
+
+
 def build_optimizer(
     rules: Sequence[Rule], groups: list[dict[str, Any]], settings: RunSettings
 ) -> tuple[torch.optim.Optimizer, dict[nn.Parameter, Any]]:
     """AdamW with the state formats and projections that the rules give, and the projections.
 
-    `groups` hold `params` as (name, parameter) pairs. Without rules it is torch's fused AdamW.
+    `groups` hold `params` as (name, parameter) pairs. Without rules it is torch's fused AdamW. A
+    rule for `Slot.UPDATE_RULE` brings another optimizer, for every parameter.
     """
     options: dict[str, Any] = {
         "lr": settings.learning_rate,
@@ -52,6 +75,9 @@ def build_optimizer(
     if not rules:
         plain = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
         return torch.optim.AdamW(plain, fused=True, **options), {}
+    other = _other_optimizer(rules, groups, options)
+    if other is not None:
+        return other, {}
     from memrt.optimizers.adamw import AdamW
 
     projections: dict[nn.Parameter, Any] = {}

@@ -29,6 +29,7 @@ ENTRY_POINT_GROUP = "memrt.strategies"
 
 _BUILT_IN = {
     "activation_checkpoint": "memrt.strategies.activation_checkpoint",
+    "adalomo": "memrt.strategies.adalomo",
     "apollo": "memrt.strategies.apollo",
     "apollo_mini": "memrt.strategies.apollo_mini",
     "badam": "memrt.strategies.badam",
@@ -40,10 +41,12 @@ _BUILT_IN = {
     "int8": "memrt.strategies.int8",
     "in_backward": "memrt.strategies.in_backward",
     "int4_states": "memrt.strategies.int4_states",
+    "in_backward": "memrt.strategies.in_backward",
     "int8_states": "memrt.strategies.int8_states",
     "ladder": "memrt.strategies.ladder",
     "lisa": "memrt.strategies.lisa",
     "nf4": "memrt.strategies.nf4",
+    "lomo": "memrt.strategies.lomo",
     "offload_activations": "memrt.strategies.offload_activations",
     "peft": "memrt.strategies.peft",
     "q_galore": "memrt.strategies.q_galore",

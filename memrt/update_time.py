@@ -30,9 +30,11 @@ from torch.nn.utils import get_total_norm
 
 from memrt.errors import NonFiniteGradientError
 from memrt.gradients import clip_factor
+from memrt.kernels.finite import all_finite
 from memrt.optimizer_slots import require_adamw
 from memrt.profiling.accounts import Account
 from memrt.strategy import Attachment, Claim, Phase, Promise, Rule, Slot, Strategy
+from memrt.structure import RunSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from memrt.session import Session
     from memrt.structure import Facts
 
-__all__ = ["BackwardUpdates", "StepsParameters", "UpdateInBackward"]
+__all__ = ["BackwardUpdates", "RuleInBackward", "StepsParameters", "UpdateInBackward"]
 
 CLIP = ("none", "two_pass")
 
@@ -101,6 +103,46 @@ class UpdateInBackward(Strategy):
     def attach(self, run: Session) -> Attachment:
         """A hook on every trainable parameter."""
         return BackwardUpdates(self, run)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuleInBackward(UpdateInBackward):
+    """A preset: an update rule of its own, in backward. Its state is all its own, too."""
+
+    lowers: ClassVar[tuple[Account, ...]] = (Account.GRADIENTS, Account.OPTIMIZER)
+
+    def check(self, facts: Facts) -> None:
+        """AdamW's own settings have no effect."""
+        UpdateInBackward.check(self, facts)
+        settings, default = facts.settings, RunSettings()
+        for name in ("betas", "epsilon"):
+            value = getattr(settings, name)
+            if value != getattr(default, name):
+                raise ValueError(f"{name}={value!r} is AdamW's and has no effect here; leave it")
+
+    def claims(self, facts: Facts) -> list[Claim]:
+        """The whole of the optimizer."""
+        owned = (Slot.UPDATE_RULE, Slot.STATE_FORMAT, Slot.PROJECTION)
+        return [*UpdateInBackward.claims(self, facts), *(Claim(slot=slot) for slot in owned)]
+
+    def optimizer_class(self) -> type[torch.optim.Optimizer]:
+        """The optimizer, which must be one that `StepsParameters`."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """What it is made with beside `lr` and `weight_decay`."""
+        return {}
+
+    def rules(self) -> list[Rule]:
+        """The update rule of every parameter."""
+        return [
+            Rule(
+                slot=Slot.UPDATE_RULE,
+                match=lambda name, parameter: True,
+                build=lambda name, parameter: self.optimizer_class(),
+                options=self.options(),
+            )
+        ]
 
 
 def _refuse_reentrant(model: nn.Module) -> None:
@@ -231,7 +273,7 @@ class BackwardUpdates(Attachment):
 
     def _refuse_non_finite(self) -> None:
         """One pass: what is wrong has been applied already."""
-        if self._norms and not _is_finite(self.run.gradient_norm()):
+        if self._norms and not all_finite([self.run.gradient_norm()]):
             raise NonFiniteGradientError(
                 step=self.run.step_index + 1,
                 strategy=self.name,
@@ -245,14 +287,14 @@ class BackwardUpdates(Attachment):
         run = self.run
         if not run.last_micro_batch or run.micro_batch_index:
             torch.autograd.backward(loss)
-            if run.last_micro_batch and not _is_finite(run.gradient_norm()):
+            if run.last_micro_batch and not all_finite([run.gradient_norm()]):
                 self._skip(run.gradient_norm())
             return
         self._driven = True
         with self._passing(_Pass.MEASURE), run.phase("norm"):
             torch.autograd.backward(loss, retain_graph=True)
         norm = run.gradient_norm()
-        if not _is_finite(norm):
+        if not all_finite([norm]):
             self._skip(norm)
             return
         run.clear_gradients()  # those that are not in .grad come again, too
@@ -304,9 +346,3 @@ class BackwardUpdates(Attachment):
         """Take the hooks off."""
         for hook in self._hooks:
             hook.remove()
-
-
-def _is_finite(norm: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(norm, FakeTensor) or bool(torch.isfinite(norm))

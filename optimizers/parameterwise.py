@@ -1,0 +1,154 @@
+"""Optimizers that step one parameter after another: what those with a rule of their own share.
+
+A rule says what state a parameter has (`_layout`) and what one step does (`_step_one`). State is
+fp32 whatever the parameter's dtype, is created at the first gradient, and is loaded in its own
+dtypes (torch's `load_state_dict` would cast it to the parameter's). `step_parameters` steps some of
+the parameters with the bits of a whole step, which is what updates in backward need.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from memrt.optimizers.parameter_groups import check_storages
+
+__all__ = ["ParameterwiseOptimizer", "check_not_negative"]
+
+
+class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
+    """The loop, the state and its loading; a subclass brings the rule.
+
+    params: as for any torch optimizer; a group may set every option of the rule.
+    """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._group_index: dict[nn.Parameter, int] = {}
+        super().__init__(params, defaults)
+
+    @abstractmethod
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Refuse settings that cannot be, with `ValueError`."""
+
+    @abstractmethod
+    def _layout(self, parameter: Tensor) -> dict[str, tuple[int, ...]]:
+        """The shapes of the fp32 tensors of a parameter's state, by key."""
+
+    @abstractmethod
+    def _step_one(
+        self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+    ) -> None:
+        """Update one parameter and its state in place."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; refuses settings that cannot be and weights that share their storage."""
+        super().add_param_group(param_group)
+        try:
+            for name in ("lr", "weight_decay"):
+                check_not_negative(name, self.param_groups[-1][name])
+            self._check_group(self.param_groups[-1])
+            _check_parameters(self.param_groups[-1]["params"])
+            check_storages(self.param_groups)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        index = len(self.param_groups) - 1
+        self._group_index |= dict.fromkeys(self.param_groups[index]["params"], index)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self.step_parameters(group["params"])
+        return loss
+
+    @torch.no_grad()
+    def step_parameters(self, parameters: Iterable[nn.Parameter]) -> None:
+        """One update of these alone, of those that have a gradient."""
+        for parameter in parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout is not torch.strided:
+                raise ValueError(
+                    f"{type(self).__name__} got a gradient with layout {gradient.layout}; use "
+                    "dense gradients (nn.Embedding(sparse=False))"
+                )
+            group = self.param_groups[self._group_index[parameter]]
+            self._step_one(parameter, gradient, self._state_of(parameter), group)
+
+    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = cast("dict[str, Tensor]", self.state[parameter])
+        if not state:
+            for key, shape in self._layout(parameter).items():
+                state[key] = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+            if not state:
+                del self.state[parameter]  # the rule keeps none
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, in fp32; refuses other states before anything is changed."""
+        loaded: dict[nn.Parameter, dict[str, Tensor]] = {}
+
+        def take(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(self._accepted(state))
+            return {**state, "state": {}}
+
+        def give(_: torch.optim.Optimizer) -> None:
+            for parameter, state in loaded.items():
+                self.state[parameter] = state
+
+        before = self.register_load_state_dict_pre_hook(take)
+        after = self.register_load_state_dict_post_hook(give, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _accepted(self, state_dict: dict[str, Any]) -> dict[nn.Parameter, dict[str, Tensor]]:
+        accepted: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for index, parameter in zip(saved_group["params"], group["params"], strict=False):
+                saved = state_dict["state"].get(index)
+                if not saved:
+                    continue
+                layout = self._layout(parameter)
+                shapes = {key: tuple(tensor.shape) for key, tensor in saved.items()}
+                if shapes != layout:
+                    raise ValueError(
+                        f"the state of parameter {index} holds {shapes}, {type(self).__name__} "
+                        f"expects {layout}; resume with the optimizer that wrote the state"
+                    )
+                accepted[parameter] = {
+                    key: tensor.to(parameter.device, torch.float32) for key, tensor in saved.items()
+                }
+        return accepted
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies of the optimizer need; `state_dict` is what checkpoints need."""
+        return {**super().__getstate__(), "_group_index": self._group_index}
+
+
+def check_not_negative(name: str, value: object) -> None:
+    """Refuse what is not a number of at least 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= 0:
+        raise ValueError(f"{name}={value!r} is not a number of at least 0; give a float")
+
+
+def _check_parameters(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}; fp32, bf16 "
+                "and fp16 are updated (in fp32)"
+            )

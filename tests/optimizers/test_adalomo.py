@@ -1,0 +1,166 @@
+"""AdaLomo against its equations in fp64, against the authors' package, and in its bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from memrt.optimizers import adalomo
+from memrt.optimizers.adalomo import AdaLomo
+
+SHAPES: list[tuple[int, ...]] = [(16, 24), (9,), (5, 3, 4), (1, 7), (6, 1)]
+SETTINGS = {"lr": 5e-2, "weight_decay": 0.1}
+
+
+def gradients(step: int, *, scale: float = 1.0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [scale * torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def starts() -> list[Tensor]:
+    return gradients(999)
+
+
+class Equations:
+    """The docstring's formula on one parameter, in fp64."""
+
+    def __init__(self, weight: Tensor, *, lr: float, weight_decay: float) -> None:
+        self.weight = weight.double().flatten(1) if weight.ndim > 1 else weight.double()
+        self.lr, self.weight_decay, self.t = lr, weight_decay, 0
+        self.row = self.column = self.whole = torch.zeros((), dtype=torch.float64)
+
+    def step(self, gradient: Tensor) -> Tensor:
+        """One update; returns U."""
+        gradient = gradient.double().view(self.weight.shape)
+        self.t += 1
+        fresh = self.t**-0.8
+        squared = gradient**2 + 1e-30
+        if gradient.ndim == 1:
+            self.whole = (1 - fresh) * self.whole + fresh * squared
+            update = gradient / self.whole.sqrt()
+        else:
+            self.row = (1 - fresh) * self.row + fresh * squared.mean(1)
+            self.column = (1 - fresh) * self.column + fresh * squared.mean(0)
+            update = gradient / (torch.outer(self.row, self.column) / self.row.mean()).sqrt()
+        update = update / max(1.0, float(update.square().mean().sqrt()))
+        size = self.lr * max(1e-3, float(self.weight.square().mean().sqrt()))
+        self.weight = self.weight * (1 - size * self.weight_decay) - size * update
+        return update
+
+
+@pytest.mark.parametrize("piece", [2**22, 1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_its_equations(
+    dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one piece and in pieces; errors of one rounding a step. Gradients grow and shrink."""
+    monkeypatch.setattr(adalomo, "PIECE_ELEMENTS", piece)
+    parameters = [nn.Parameter(start.to(dtype)) for start in starts()]
+    references = [Equations(p.detach(), **SETTINGS) for p in parameters]
+    optimizer = AdaLomo(parameters, **SETTINGS)
+    eps = torch.finfo(dtype).eps
+    for step in range(6):
+        given = gradients(step, scale=10.0 ** (step - 3))
+        for parameter, reference, gradient in zip(parameters, references, given, strict=True):
+            parameter.grad = gradient.to(dtype)
+            update = reference.step(parameter.grad)
+            assert float(update.square().mean().sqrt()) <= 1 + 1e-12
+        optimizer.step()
+        for parameter, reference in zip(parameters, references, strict=True):
+            error = (parameter.detach().double().flatten() - reference.weight.flatten()).abs()
+            assert float(error.max()) <= (step + 1) * 4 * eps * float(reference.weight.abs().max())
+
+
+def test_the_first_step_takes_the_gradient_alone() -> None:
+    """w_1 = 1: no trace of the zeros that the state began with, and no bias to correct."""
+    weight = nn.Parameter(torch.full((4,), 2.0))
+    optimizer = AdaLomo([weight], lr=0.5)
+    weight.grad = torch.tensor([1e-3, -1e3, 1.0, -1.0])
+    optimizer.step()
+    assert torch.allclose(weight, 2.0 - 0.5 * 2.0 * weight.grad.sign(), rtol=1e-6)
+    assert torch.equal(optimizer.state[weight]["exp_avg_sq"], weight.grad.square())
+
+
+def test_zeros_stay_finite() -> None:
+    """Rows and whole gradients of zeros, and weights of zeros, which step by eps_2 at least."""
+    weight = nn.Parameter(torch.zeros(4, 3))
+    optimizer = AdaLomo([weight], lr=1.0)
+    for rows in (0, 2, 0):
+        weight.grad = torch.zeros(4, 3)
+        weight.grad[:rows] = 1.0
+        optimizer.step()
+        assert torch.isfinite(weight).all()
+    assert weight[:2].abs().max() > 0
+    assert torch.equal(weight[2:], torch.zeros(2, 3))
+
+
+def test_state_is_rows_and_columns() -> None:
+    parameters = [nn.Parameter(start) for start in starts()]
+    optimizer = AdaLomo(parameters)
+    for parameter, gradient in zip(parameters, gradients(0), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    held = [
+        sum(v.numel() * v.element_size() for v in optimizer.state[p].values()) for p in parameters
+    ]
+    assert held == [4 * (n + 1) for n in (16 + 24, 9, 5 + 12, 1 + 7, 6 + 1)]
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that any operator made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                held = {
+                    a.untyped_storage()._cdata for a in tree_leaves(args) if isinstance(a, Tensor)
+                }
+                if storage._cdata not in held:
+                    self.num_bytes = max(self.num_bytes, storage.nbytes())
+        return result
+
+
+def test_temporaries_are_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adalomo, "PIECE_ELEMENTS", 256)
+    weight = nn.Parameter(torch.randn(200, 32))
+    weight.grad = torch.randn(200, 32)
+    optimizer = AdaLomo([weight], weight_decay=0.1)
+    with _Largest() as largest:
+        optimizer.step()
+    assert 0 < largest.num_bytes <= 4 * 256
+
+
+def test_the_authors_package_makes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lomo-optim 0.1.1, whose state is put on CUDA whatever the model, and forgotten by saves.
+
+    It wants a model, its own backward and matrices; its loss scale of 1024 is exact.
+    """
+    package = pytest.importorskip("lomo_optim", reason="pip install lomo-optim --no-deps")
+    monkeypatch.setattr(Tensor, "cuda", lambda tensor: tensor)
+    torch.manual_seed(0)
+    theirs = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+    ours = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+    ours.load_state_dict(theirs.state_dict())
+    peer = package.AdaLomo(theirs, lr=1e-2, weight_decay=0.1)
+    optimizer = AdaLomo(ours.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(8):
+        x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+        peer.fused_backward((theirs(x) - 1).square().mean(), 1e-2)
+        optimizer.zero_grad()
+        (ours(x) - 1).square().mean().backward()
+        optimizer.step()
+    for mine, yours in zip(ours.parameters(), theirs.parameters(), strict=True):
+        error = (mine - yours).detach().abs().max()
+        # a rounding of weight, factors and root mean squares in each of the 8 steps
+        assert error <= 8 * 4 * torch.finfo(torch.float32).eps * yours.detach().abs().max()
