@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from memrt.kernels.frozen_linear import frozen_linear
+from memrt.structure import is_plain_linear
 from memrt.surgery import subclass_of
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def unpack(module: nn.Module) -> None:
     module.__class__ = kind
 
 
-def packable(facts: Facts, *, head: bool, keep: tuple[str, ...]) -> list[str]:
+def packable(facts: Facts, *, head: bool = False, keep: tuple[str, ...] = ()) -> list[str]:
     """Names of the linear layers that can be packed: those of the repeated layers, and the head.
 
     Not those with a forward of their own, tied ones, nor (where the model has frozen ones) trained
@@ -174,10 +175,7 @@ def packable(facts: Facts, *, head: bool, keep: tuple[str, ...]) -> list[str]:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    if "forward" in vars(module):
-        return False
-    linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return linear or is_conv1d(module)
+    return is_plain_linear(module) or (is_conv1d(module) and "forward" not in vars(module))
 
 
 def _parent(model: nn.Module, name: str) -> nn.Module:
