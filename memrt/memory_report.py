@@ -1,7 +1,7 @@
 """The Trainer's memory report: a ledger over the first optimizer steps, then a light monitor.
 
-`<output_dir>/memrt/report.json` and `report.md` are written when the ledger leaves, and again, with
-what the monitor saw and the losses, when training ends, however it ends.
+`<output_dir>/memrt/report.json`, `.md` and `.html` are written when the ledger leaves, and again,
+with what the monitor saw and the losses, when training ends, however it ends.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from memrt.monitoring import PhaseMarks
 from memrt.profiling.ledger import Ledger
 from memrt.profiling.monitor import Monitor
 from memrt.profiling.render import to_markdown
+from memrt.profiling.render_html import to_html
 from memrt.profiling.report import SCHEMA, conditions, timeline_json
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class MemoryReport:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "report.md", to_markdown(report))
+            write_text(folder / "report.html", to_html(report))
             write_json(folder / "report.json", report)
         except OSError as error:
             logger.warning("the memory report was not written to %s: %s", folder, error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -200,8 +200,8 @@ class Timeline:
                 peaks[region.phase] = max(peaks.get(region.phase, 0), live)
         return peaks
 
-    def account_maxima(self) -> dict[str, int]:
-        """The highest bytes that each account ever held on the device (not at one instant)."""
+    def _account_changes(self) -> list[tuple[int, str, int]]:
+        """(instant, account, bytes gained or lost on the device), in order."""
         changes: list[tuple[int, str, int]] = []
         for record in self.records:
             if record.place is not Place.DEVICE:
@@ -215,9 +215,13 @@ class Timeline:
             if record.death is not None:
                 changes.append((record.death, current.value, -record.num_bytes))
         changes.sort(key=lambda change: change[0])
+        return changes
+
+    def account_maxima(self) -> dict[str, int]:
+        """The highest bytes that each account ever held on the device (not at one instant)."""
         held = {account.value: 0 for account in Account}
         highest = dict(held)
-        for _, account_name, num_bytes in changes:
+        for _, account_name, num_bytes in self._account_changes():
             held[account_name] += num_bytes
             highest[account_name] = max(highest[account_name], held[account_name])
         return highest
@@ -238,14 +242,35 @@ class Timeline:
         ]
 
     def samples(self, *, count: int = 500) -> list[dict[str, Any]]:
-        """Live device bytes over the run, thinned to about `count` points that keep the maxima."""
+        """Live device bytes over the run, thinned to about `count` points that keep the maxima.
+
+        `accounts` sum to `bytes` at every point.
+        """
         points = [(i, live, region) for i, live, region in self.live_bytes() if region is not None]
         width = max(1, -(-len(points) // count))
         thinned = [
             max(points[start : start + width], key=lambda point: point[1])
             for start in range(0, len(points), width)
         ]
+        accounts = self._accounts_at([instant for instant, _, _ in thinned])
         return [
-            {"instant": instant, "bytes": live, "step": region.step, "phase": region.phase}
-            for instant, live, region in thinned
+            {
+                "instant": instant,
+                "bytes": live,
+                "step": region.step,
+                "phase": region.phase,
+                "accounts": held,
+            }
+            for (instant, live, region), held in zip(thinned, accounts, strict=True)
         ]
+
+    def _accounts_at(self, instants: Sequence[int]) -> Iterator[dict[str, int]]:
+        """Bytes on the device by account at each of `instants`, which must rise."""
+        held = {account.value: 0 for account in Account}
+        changes = iter(self._account_changes())
+        pending = next(changes, None)
+        for instant in instants:
+            while pending is not None and pending[0] <= instant:
+                held[pending[1]] += pending[2]
+                pending = next(changes, None)
+            yield dict(held)

@@ -32,6 +32,7 @@ COMMANDS = {
     "doctor": "memrt.cli.doctor",
     "plan": "memrt.cli.plan",
     "profile": "memrt.cli.profile",
+    "report": "memrt.cli.report",
     "train": "memrt.cli.train",
 }
 """Command -> module."""
@@ -47,6 +48,7 @@ Train models in less memory, and know where every byte is.
   memrt doctor       what works on this machine, what does not, why, and what to install
   memrt plan         what a run will need: no weights, no GPU, exit code 0 fits, 2 does not
   memrt profile      a real run: predicted, counted, allocator and driver side by side
+  memrt report       a finished run's report as Markdown, JSON, HTML page or PNG
   memrt train        a full fine-tune with evaluation, checkpoints, resume, and the report
 """
 

@@ -54,6 +54,7 @@ def deliver(
     So neither a full disk nor a closed pipe loses a result.
     """
     from memrt.profiling.render import print_report, to_markdown
+    from memrt.profiling.render_html import to_html
 
     text = json.dumps(report, indent=2, allow_nan=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -66,7 +67,8 @@ def deliver(
         sys.stdout.flush()
     finally:
         if folder is not None:
-            _write(folder, {"report.md": to_markdown(report), "report.json": text + "\n"})
+            files = {"report.md": to_markdown(report), "report.html": to_html(report)}
+            _write(folder, {**files, "report.json": text + "\n"})
 
 
 def _write(folder: ReportFolder, files: dict[str, str]) -> None:

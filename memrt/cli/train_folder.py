@@ -5,7 +5,7 @@ output/
     checkpoint-N/                                    what --resume goes on from
     memrt/config.yaml                                the settings, as a config file
     memrt/data.json                                  size and hash of the data files
-    memrt/report.json, report.md                     what the run needed and how it went
+    memrt/report.json, report.md, report.html        what the run needed and how it went
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from memrt.checkpoint import write_json, write_text
 from memrt.cli.train_plan import TORCH_ADAMW
 from memrt.profiling.render import print_report, to_markdown
+from memrt.profiling.render_html import to_html
 from memrt.profiling.report import conditions
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ __all__ = ["COUNTED", "conditions_of", "deliver", "read_counted"]
 
 COUNTED = (
     *("peak_bytes", "accounts", "places", "owners", "region", "phases", "top_allocations"),
-    *("account_maxima", "num_counted_steps", "monitor"),
+    *("account_maxima", "num_counted_steps", "monitor", "timeline"),
 )
 """What the Trainer's memory report tells; None where there is none."""
 
@@ -73,4 +74,5 @@ def deliver(report: dict[str, Any], folder: Path, *, as_json: bool) -> None:
         print_report(report)
     sys.stdout.flush()
     write_text(folder / "memrt" / "report.md", to_markdown(report))
+    write_text(folder / "memrt" / "report.html", to_html(report))
     write_json(folder / "memrt" / "report.json", report)
