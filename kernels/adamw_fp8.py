@@ -12,8 +12,9 @@ stochastically when a rounding key is given, else to the nearest.
 
 Bytes: 2 codes an element, and 2 * (4 + 1) of 128: 2.078 instead of 8. Traffic on CUDA, where it is
 one pass of one Triton kernel: bf16 parameter and gradient 2 + 2 + 2, codes 4, groups 0.16, so 10.2
-bytes an element (AdamW with fp32 moments: 22). Temporaries: none on CUDA but copies of what is not
-contiguous; on the CPU up to 72 bytes an element of a piece of 2^16 elements (`workspace_bytes`).
+bytes an element (AdamW with fp32 moments: 22); it reads a table of 256 KiB, once a device.
+Temporaries: none on CUDA but copies of what is not contiguous; on the CPU up to 72 bytes an element
+of a piece of 2^16 elements (`workspace_bytes`).
 
 Codes and groups have the same bits eagerly, compiled and in Triton.
 

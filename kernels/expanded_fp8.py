@@ -17,13 +17,16 @@ Groups of zeros have codes 0. x is within [2^-126, 2^127] or 0: larger magnitude
 smaller ones are 0, or with `positive` (second moments) 2^-126, so that no second moment above zero
 is ever kept as zero. NaN is not for this module.
 
-log2 and 2^y are polynomials in separate multiplications and additions, with errors of 4e-7 and
-2e-7: IEEE arithmetic then gives the same codes on every device, eagerly, compiled and in Triton.
+log2 and 2^y are polynomials in separate multiplications and additions, with errors of 4e-6, which
+is little beside 2^-4: IEEE arithmetic then gives the same codes on every device, eagerly, compiled
+and in Triton, which reads x' / a from `decoding_table`.
 
 Source: Xi et al., COAT (arXiv 2410.19313), with (a, k) instead of three fp32 values a group.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -37,8 +40,10 @@ __all__ = [
     "LOG2",
     "LOG2_448",
     "LOG2_RANGE",
+    "ROUNDER",
     "SMALLEST",
     "TOLERANCE",
+    "decoding_table",
     "dequantize_expanded_reference",
     "num_groups",
     "quantize_expanded_reference",
@@ -48,27 +53,34 @@ SMALLEST, LARGEST = 2.0**-126, 2.0**127
 # log2(1 + t) / t for 1 + t in [1/sqrt(2), sqrt(2)] and (2^y - 1) / y for y in [-1/2, 1/2]: minimax
 # in absolute error, from the constant upwards
 LOG2 = (
-    1.4426996707916260,
-    -0.7213758826255798,
-    0.4804650247097015,
-    -0.3589618504047394,
-    0.2972626090049744,
-    -0.2726980149745941,
-    0.1706345230340958,
+    1.4427134990692139,
+    -0.7211318612098694,
+    0.4793480038642883,
+    -0.3674899935722351,
+    0.3221549093723297,
+    -0.2065918445587158,
 )
-EXP2 = (
-    0.6931472420692444,
-    0.2402223497629166,
-    0.0555030852556229,
-    0.0096718752756715,
-    0.0013407259248197,
-)
+EXP2 = (0.6931215524673462, 0.24022020399570465, 0.05591968819499016, 0.00968190934509039)
 SQRT_HALF_BITS = 0x3F3504F3
 # log2(448) = 9 + this, as the polynomial above has it: the largest value of a group is kept exactly
-LOG2_448 = -0.19264519214630127
+LOG2_448 = -0.1926434338092804
 LOG2_RANGE = 16.807354922057604  # log2(448 / 2^-8)
 # of 16 * k, before it is rounded down: above its error in fp32, and too little to lose a code
-TOLERANCE = 2.0**-8
+TOLERANCE = 2.0**-7
+# added to a number below 2^22 in magnitude, it leaves the nearest whole number in the lowest bits
+ROUNDER = 1.5 * 2.0**23
+
+
+@cache
+def decoding_table(device: torch.device) -> Tensor:
+    """x' / a by 16 * k and code, [256, 256]; 256 KiB, made once a device."""
+    codes = torch.arange(256, dtype=torch.uint8).expand(256, 256)
+    powers = torch.arange(256, dtype=torch.uint8)
+    # a large a, so that no small share falls below the smallest number
+    table = dequantize_expanded_reference(
+        codes, torch.full((256,), LARGEST), powers, positive=False
+    )
+    return (table / LARGEST).to(device)
 
 
 def quantize_expanded_reference(x: Tensor, *, positive: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +98,8 @@ def quantize_expanded_reference(x: Tensor, *, positive: bool) -> tuple[Tensor, T
     power = (16 * LOG2_RANGE / octaves + TOLERANCE).floor().clamp(1.0, 255.0)  # 16 k
 
     below = _octaves(*_log2(torch.where(is_zero, largest_known, magnitude)), exponent, fraction)
-    expanded = (_exp2(below * (power * 0.0625)) * 448.0).clamp(max=448.0)
+    factor, n = _exp2_parts(below * (power * 0.0625))
+    expanded = ((factor * 448.0).view(torch.int32) + (n << 23)).view(torch.float32)
     codes = torch.where(is_zero, 0, _to_e4m3(expanded))
     codes = codes | torch.where((x < 0) & ~is_zero, 128, 0)
     return codes.to(torch.uint8), largest.squeeze(1), power.to(torch.uint8).squeeze(1)
@@ -101,7 +114,9 @@ def dequantize_expanded_reference(
     exponent, fraction = _log2(_from_e4m3(magnitude_code.clamp(min=1)))
     octaves = (exponent - 9).float() + (fraction - LOG2_448)
     root = 16.0 / power.to(torch.float32).clamp(min=1.0).unsqueeze(1)  # 1 / k
-    x = _scaled_exp2(largest.unsqueeze(1), octaves * root)
+    factor, n = _exp2_parts(octaves * root)
+    share = factor * ((n.clamp(min=-126) + 127) << 23).view(torch.float32)
+    x = largest.unsqueeze(1) * share
     x = torch.where(x < SMALLEST, SMALLEST if positive else 0.0, x)
     x = torch.where((magnitude_code == 0) | (largest.unsqueeze(1) == 0), 0.0, x)
     return torch.where(integer > 127, -x, x)
@@ -128,31 +143,12 @@ def _octaves(exponent: Tensor, fraction: Tensor, from_exponent: Tensor, start: T
 
 def _exp2_parts(y: Tensor) -> tuple[Tensor, Tensor]:
     """p and n (int32) with 2^y = p * 2^n, p in [1/sqrt(2), sqrt(2)]; y = 0 gives 1 and 0."""
-    whole = (y + 0.5).floor()
-    f = y - whole
+    rounded = y + ROUNDER
+    f = y - (rounded - ROUNDER)
     total = f * EXP2[-1] + EXP2[-2]
     for coefficient in EXP2[-3::-1]:
         total = total * f + coefficient
-    return total * f + 1.0, whole.to(torch.int32)
-
-
-def _power_of_two(n: Tensor) -> Tensor:
-    """2^n for n (int32) in [-126, 127]."""
-    return ((n + 127) << 23).view(torch.float32)
-
-
-def _exp2(y: Tensor) -> Tensor:
-    """2^y for y in [-126, 127]."""
-    factor, n = _exp2_parts(y)
-    return factor * _power_of_two(n)
-
-
-def _scaled_exp2(scale: Tensor, y: Tensor) -> Tensor:
-    """scale * 2^y for y <= 0, in two steps where 2^y alone is below fp32; y < -252 counts as it."""
-    factor, n = _exp2_parts(y)
-    first = n.clamp(min=-126)
-    second = (n - first).clamp(min=-126)
-    return scale * factor * _power_of_two(first) * _power_of_two(second)
+    return total * f + 1.0, rounded.view(torch.int32) - 0x4B400000
 
 
 def _to_e4m3(x: Tensor) -> Tensor:

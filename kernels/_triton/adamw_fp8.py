@@ -1,7 +1,8 @@
 """`memrt.kernels.adamw_fp8` in Triton: one pass over parameter, gradient and state.
 
 A program takes 8 groups of 128 elements, 8 elements a thread with 4 warps: their moments stay in
-registers between decoding, update and coding. 10.2 bytes an element of traffic for bf16.
+registers between decoding, update and coding. 10.2 bytes an element of traffic for bf16. Decoding
+is a look-up in the row of the group's power: 1 KiB, which the first-level cache holds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from memrt.kernels._triton.adamw_step import stepped, store_parameter
 from memrt.kernels._triton.expanded_fp8 import dequantize, quantize
 from memrt.kernels._triton.launching import on_device_of
 from memrt.kernels.dispatch import require_triton
-from memrt.kernels.expanded_fp8 import GROUP_SIZE, num_groups
+from memrt.kernels.expanded_fp8 import GROUP_SIZE, decoding_table, num_groups
 
 GROUPS = 8
 NUM_WARPS = 4
@@ -32,6 +33,7 @@ def adamw_fp8_kernel(
     v_largest_ptr,
     m_power_ptr,
     v_power_ptr,
+    table_ptr,
     num_elements,
     decay,
     step_size,
@@ -63,8 +65,8 @@ def adamw_fp8_kernel(
     m_power = tl.load(m_power_ptr + group, mask=exists, other=1).to(tl.int32)
     v_power = tl.load(v_power_ptr + group, mask=exists, other=1).to(tl.int32)
 
-    m_before = dequantize(m_codes, m_largest, m_power, POSITIVE=False)
-    v_before = dequantize(v_codes, v_largest, v_power, POSITIVE=True)
+    m_before = dequantize(m_codes, m_largest, m_power, table_ptr, mask, False)
+    v_before = dequantize(v_codes, v_largest, v_power, table_ptr, mask, True)
     p, m, v = stepped(
         p, g, m_before, v_before, decay, step_size, beta1, rest1, beta2, rest2, correction, eps
     )
@@ -97,6 +99,7 @@ def launch(
             parameter,
             gradient,
             *state,
+            decoding_table(parameter.device),
             n,
             *scalars,
             *(rounding_key or (0, 0)),

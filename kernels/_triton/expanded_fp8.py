@@ -14,11 +14,11 @@ from memrt.kernels import expanded_fp8 as form
 SMALLEST = tl.constexpr(form.SMALLEST)
 LARGEST = tl.constexpr(form.LARGEST)
 SQRT_HALF_BITS = tl.constexpr(form.SQRT_HALF_BITS)
-LOG2_448 = tl.constexpr(form.LOG2_448)
 LOG2_RANGE_16 = tl.constexpr(16 * form.LOG2_RANGE)
+ROUNDER = tl.constexpr(form.ROUNDER)
 TOLERANCE = tl.constexpr(form.TOLERANCE)
-L0, L1, L2, L3, L4, L5, L6 = (tl.constexpr(c) for c in form.LOG2)
-E0, E1, E2, E3, E4 = (tl.constexpr(c) for c in form.EXP2)
+L0, L1, L2, L3, L4, L5 = (tl.constexpr(c) for c in form.LOG2)
+E0, E1, E2, E3 = (tl.constexpr(c) for c in form.EXP2)
 
 
 @triton.jit
@@ -27,8 +27,7 @@ def log2_parts(x):
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - SQRT_HALF_BITS) >> 23
     t = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
-    total = t * L6 + L5
-    total = total * t + L4
+    total = t * L5 + L4
     total = total * t + L3
     total = total * t + L2
     total = total * t + L1
@@ -38,20 +37,13 @@ def log2_parts(x):
 
 @triton.jit
 def exp2_parts(y):
-    """p and n (int32) with 2^y = p * 2^n, p in [1/sqrt(2), sqrt(2)]."""
-    whole = tl.floor(y + 0.5)
-    f = y - whole
-    total = f * E4 + E3
-    total = total * f + E2
+    """p, and n (int32) in the lowest bits, with 2^y = p * 2^n, p in [1/sqrt(2), sqrt(2)]."""
+    rounded = y + ROUNDER
+    f = y - (rounded - ROUNDER)
+    total = f * E3 + E2
     total = total * f + E1
     total = total * f + E0
-    return total * f + 1.0, whole.to(tl.int32)
-
-
-@triton.jit
-def power_of_two(n):
-    """2^n for n (int32) in [-126, 127]."""
-    return ((n + 127) << 23).to(tl.float32, bitcast=True)
+    return total * f + 1.0, rounded.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -64,27 +56,12 @@ def to_e4m3(x):
 
 
 @triton.jit
-def from_e4m3(code):
-    """The value of E4M3 bits (int32) in [1, 126]."""
-    normal = ((code << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    return tl.where(code < 8, code.to(tl.float32) * 0.001953125, normal)
-
-
-@triton.jit
-def dequantize(codes, largest, power, POSITIVE: tl.constexpr):
+def dequantize(codes, largest, power, table_ptr, mask, POSITIVE: tl.constexpr):
     """x [groups, 128] of codes (int32), and largest (fp32) and power (int32) [groups, 1]."""
-    magnitude_code = codes & 127
-    exponent, fraction = log2_parts(from_e4m3(tl.maximum(magnitude_code, 1)))
-    octaves = (exponent - 9).to(tl.float32) + (fraction - LOG2_448)
-    divisor = tl.maximum(power.to(tl.float32), 1.0)
-    root = tl.div_rn(divisor * 0.0 + 16.0, divisor)
-    factor, n = exp2_parts(octaves * root)
-    first = tl.maximum(n, -126)
-    second = tl.maximum(n - first, -126)
-    x = largest * factor * power_of_two(first) * power_of_two(second)
-    x = tl.where(x < SMALLEST, SMALLEST if POSITIVE else 0.0, x)
-    x = tl.where((magnitude_code == 0) | (largest == 0.0), 0.0, x)
-    return tl.where(codes > 127, -x, x)
+    x = tl.load(table_ptr + power * 256 + codes, mask=mask, other=0.0) * largest
+    if POSITIVE:
+        return tl.where((x < SMALLEST) & (codes != 0), SMALLEST, x)
+    return tl.where(tl.abs(x) < SMALLEST, 0.0, x)
 
 
 @triton.jit
@@ -107,7 +84,8 @@ def quantize(x, POSITIVE: tl.constexpr):
     own_exponent, own_fraction = log2_parts(tl.where(is_zero, largest_known, magnitude))
     below = (own_exponent - exponent).to(tl.float32) + (own_fraction - fraction)
     factor, n = exp2_parts(below * (power * 0.0625))
-    expanded = tl.minimum(factor * power_of_two(n) * 448.0, 448.0)
+    scaled = (factor * 448.0).to(tl.int32, bitcast=True) + (n << 23)
+    expanded = scaled.to(tl.float32, bitcast=True)
     codes = tl.where(is_zero, 0, to_e4m3(expanded))
     codes = codes | tl.where((x < 0.0) & (magnitude > 0.0), 128, 0)
     return codes, largest, power.to(tl.int32)
