@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.family_page import family_page
 from memrt import registry
-from memrt.compatibility import Compatibility, buildable, facts_of_kinds, survey
+from memrt.compatibility import buildable, facts_of_kinds, survey
 from memrt.compatibility_sections import matrix_sections
 from memrt.profiling.render import sections_to_markdown
 
-__all__ = ["MARK", "built_in", "pages", "refresh"]
+__all__ = ["MARK", "built_in", "compatibility_page", "pages", "refresh"]
 
 MARK = "<!-- Made by `python -m benchmarks.tables` from the code; edits here are lost. -->\n\n"
 
@@ -32,12 +33,16 @@ def built_in() -> list[str]:
 
 def pages() -> dict[str, str]:
     """Path in the checkout -> text."""
+    return {
+        "docs/compatibility.md": compatibility_page(),
+        "docs/families.md": MARK + family_page(buildable(built_in())[0]),
+    }
+
+
+def compatibility_page() -> str:
+    """What `memrt compat` prints, as a page."""
     strategies, unbuilt = buildable(built_in())
     found = survey(strategies, facts_of_kinds(), unbuilt=unbuilt)
-    return {"docs/compatibility.md": _compatibility(found)}
-
-
-def _compatibility(found: Compatibility) -> str:
     return MARK + sections_to_markdown(matrix_sections(found))
 
 

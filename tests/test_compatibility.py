@@ -115,7 +115,7 @@ def test_the_command_prints_the_page(
     names = generated_pages.built_in()  # other tests may have registered theirs
     monkeypatch.setattr(registry, "names", lambda: names)
     assert main(["compat"]) == 0
-    assert generated_pages.pages()["docs/compatibility.md"].endswith(capsys.readouterr().out)
+    assert generated_pages.compatibility_page().endswith(capsys.readouterr().out)
 
 
 def test_a_stack_is_told_in_order_and_by_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
