@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from memrt.kernels.dispatch import uses_triton
 from memrt.kernels.mixed_precision import block_rows, product_dtype
 from memrt.profiling.ledger import register_workspace
 
@@ -95,15 +96,34 @@ def _down(
     float8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Z, S - D (empty without S), and H in 8 bits with its scales (empty unless ``float8``)."""
-    down = functional.linear(hidden, weight, bias)
-    mixed, difference = down, down.new_empty(0)
-    if state is not None and gate is not None:
-        difference = state - down
-        mixed = _mixed(down, state, gate, in_place=True)
+    if state is not None and gate is not None and uses_triton(hidden):
+        mixed, difference = _launch(hidden, weight, bias, state, gate)
+    else:
+        down = functional.linear(hidden, weight, bias)
+        mixed, difference = down, down.new_empty(0)
+        if state is not None and gate is not None:
+            difference = state - down
+            mixed = _mixed(down, state, gate, in_place=True)
     codes, scales = hidden.new_empty(0, dtype=_FLOAT8), hidden.new_empty(0, dtype=torch.float32)
     if float8:
         codes, scales = _to_float8(hidden)
     return mixed, difference, codes, scales
+
+
+def _launch(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor]:
+    from memrt.kernels._triton.ladder import launch
+
+    side = weight.shape[0]
+    flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    before = state.reshape(-1, side).contiguous()
+    mixed = torch.empty_like(before)
+    difference = before.new_empty(
+        before.shape, dtype=torch.promote_types(hidden.dtype, state.dtype)
+    )
+    launch(flat, weight.contiguous(), bias, before, gate, mixed, difference)
+    return mixed.view(state.shape), difference.view(state.shape)
 
 
 @_down.register_fake
