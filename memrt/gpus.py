@@ -8,6 +8,23 @@ from typing import Any
 
 __all__ = ["Gpu", "Overhead"]
 
+# Total memory in MiB as nvidia-smi shows it, by which drivers and clouds sell; the sources are
+# Modal's list of its cards (modal-client pull request 2797, and the H200 in its maker's article on
+# it) and nvidia-smi outputs in public issue threads for the GeForce cards. Not measured by memrt.
+_CARDS_MIB = {
+    "t4": 15_360,
+    "l4": 23_034,
+    "a10": 23_028,
+    "rtx3090": 24_576,
+    "rtx4090": 24_564,
+    "rtx5090": 32_607,
+    "a100-40": 40_960,
+    "l40s": 46_068,
+    "a100-80": 81_920,
+    "h100": 81_559,
+    "h200": 143_771,
+}
+
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 # What the allocator cannot see. CUDA context with PyTorch's kernels: reports in pytorch issues
@@ -41,12 +58,19 @@ class Gpu:
 
     @classmethod
     def parse(cls, text: str) -> Gpu:
-        """From `24GiB`, `80GB` or a number of bytes. Raises `ValueError` for anything else."""
+        """From a card (`rtx4090`, `a100-80`), `24GiB`, `80GB` or a number of bytes.
+
+        Raises `ValueError` for anything else.
+        """
+        card = _CARDS_MIB.get(text.strip().lower().replace(" ", "").removeprefix("nvidia"))
+        if card is not None:
+            return cls(text=text, total_bytes=card * 2**20)
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
         unit = _UNITS.get(match.group(2).lower() or "b") if match else None
         if match is None or unit is None or float(match.group(1)) <= 0:
             raise ValueError(
-                f"gpu={text!r} is not a size; write it as 24GiB, 80GB or a number of bytes"
+                f"gpu={text!r} is neither a known card nor a size; write {', '.join(_CARDS_MIB)}, "
+                "or the size as 24GiB, 80GB or a number of bytes"
             )
         return cls(text=text, total_bytes=int(float(match.group(1)) * unit))
 

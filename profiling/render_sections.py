@@ -186,6 +186,7 @@ def _plan(report: Report) -> list[Section]:
             before=[_plan_headline(report), f"Bytes in {accounts.unit}."],
             table=accounts,
         ),
+        *waterfall_sections(report),
         phases_section(report),
         places_section(report),
         device_section(report),
@@ -214,6 +215,32 @@ def _layers_text(report: Report) -> str:
         return f"all {total} layers simulated" if total else "every module simulated"
     depths = ", ".join(map(str, simulated))
     return f"simulated {depths} layers deep and carried to {total}"
+
+
+def waterfall_sections(report: Report) -> list[Section]:
+    """What every strategy saves, if it was asked."""
+    found = report.get("waterfall")
+    if not found:
+        return []
+    rows = [
+        [each["strategy"], each["step_bytes"], each["peak_bytes"], each["saved_bytes"]]
+        for each in found
+    ]
+    columns = [
+        Column(title="with, one after the other"),
+        Column(title="lowers the peak by", kind="bytes"),
+        Column(title="to", kind="bytes"),
+        Column(title="the stack without it takes more by", kind="bytes"),
+    ]
+    table = bytes_table(columns, rows)
+    reasons = [f"- {each['strategy']}: {each['reason']}" for each in found if each["reason"]]
+    return [
+        Section(
+            title=f"What every strategy saves ({table.unit})",
+            table=table,
+            after=["\n".join(reasons)] if reasons else [],
+        )
+    ]
 
 
 def phases_section(report: Report) -> Section:

@@ -144,7 +144,10 @@ def test_a_function_needs_its_window_and_is_planned_with_it() -> None:
 
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
-    [("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("1.5 gib", 3 * 2**29), ("1024", 1024)],
+    [
+        *(("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("1.5 gib", 3 * 2**29), ("1024", 1024)),
+        *(("rtx4090", 24_564 * 2**20), ("NVIDIA H100", 81_559 * 2**20), ("T4", 15 * 2**30)),
+    ],
 )
 def test_gpu_sizes(text: str, num_bytes: int) -> None:
     assert Gpu.parse(text).total_bytes == num_bytes

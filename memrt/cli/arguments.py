@@ -217,7 +217,9 @@ def add_report_flags(parser: argparse.ArgumentParser, *, output: str | None) -> 
     """Where results go."""
     group = parser.add_argument_group("report")
     group.add_argument(
-        "--gpu", metavar="SIZE", help="say whether it fits this card: 24GiB, 80GB, or bytes"
+        "--gpu",
+        metavar="CARD",
+        help="say whether it fits this card: rtx4090, a100-80, h100, l40s, ..., or 24GiB, 80GB",
     )
     group.add_argument(
         "--json", action="store_true", help="print the report as JSON on stdout, and nothing else"
@@ -226,14 +228,14 @@ def add_report_flags(parser: argparse.ArgumentParser, *, output: str | None) -> 
         "--output",
         metavar="DIR",
         default=output,
-        help="write report.md and report.json here"
+        help="write report.md, report.html and report.json here"
         + (f" (default: {output})" if output else "")
         + "; an earlier report of the same command is kept as DIR.1, DIR.2, ...",
     )
     group.add_argument(
         "--force",
         action="store_true",
-        help="write into DIR even when it holds other files; replaces its report.md, report.json",
+        help="write into DIR even when it holds other files; replaces its report files",
     )
     group.add_argument(
         "--traceback", action="store_true", help="show where an error was raised in the code"

@@ -51,6 +51,11 @@ def add_parser(subparsers: Any) -> None:
         action="store_true",
         help="simulate every layer instead of three small depths that are carried to full depth",
     )
+    parser.add_argument(
+        "--waterfall",
+        action="store_true",
+        help="also plan the stack without each of its strategies, and say what every one saves",
+    )
     add_report_flags(parser, output=None)
 
 
@@ -71,11 +76,30 @@ def run(arguments: argparse.Namespace) -> int:
     window = None
     if arguments.data is not None:
         window = batches_for(arguments, model, progress, num_steps=1).windows[0]
+    if arguments.waterfall and not stack.strategies:
+        raise ValueError("--waterfall has no effect without --strategies; leave it out")
     report = plan_report(arguments, model, list(stack.strategies), window)
     report["stack"] = stack.label
     add_gpu(report, gpu)
+    report["waterfall"] = None
+    if arguments.waterfall:
+        report["waterfall"] = _waterfall(arguments, model, stack, window, progress)
     deliver(report, arguments, folder)
     return DOES_NOT_FIT if report["fits"] is False else 0
+
+
+def _waterfall(
+    arguments: argparse.Namespace, model: Model, stack: Any, window: Any, progress: Any
+) -> list[dict[str, Any]]:
+    from memrt.waterfall import waterfall
+
+    def peak_of(strategies: list[Any]) -> int:
+        label = "+".join(map(str, strategies)) or "none"
+        progress.say(f"planning {label}")
+        peak: int = plan_report(arguments, model, strategies, window)["peak_bytes"]
+        return peak
+
+    return waterfall(stack.strategies, peak_of)
 
 
 def plan_report(

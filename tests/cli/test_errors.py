@@ -37,7 +37,7 @@ USAGE = [
     (["compare", "--lr", "0"], "'0' must be a number above 0"),
     (["compare", "--evaluation-fraction", "1"], "'1' must be a number at least 0 and below 1"),
     (["plan", "--dtype", "float8"], "invalid choice: 'float8'"),
-    (["plan", "--gpu", "24parsecs"], "gpu='24parsecs' is not a size"),
+    (["plan", "--gpu", "24parsecs"], "gpu='24parsecs' is neither a known card nor a size"),
     (["plan", "--seq", "5000"], "--seq 5000: embedded Llama has positions for 4096 tokens"),
     (["plan", "--tokenizer", "x"], "--tokenizer has no effect without --data"),
     (["plan", "--truncation", "cut"], "--truncation has no effect without --data"),
@@ -165,7 +165,7 @@ def test_programming_errors_keep_their_traceback(
 
 
 def test_traceback_shows_where_an_error_was_raised(memrt: Command) -> None:
-    with pytest.raises(ValueError, match="is not a size"):
+    with pytest.raises(ValueError, match="is neither a known card nor a size"):
         memrt("plan", "--gpu", "x", "--traceback")
 
 

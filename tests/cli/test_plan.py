@@ -130,3 +130,19 @@ def test_help_does_not_load_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "exit code" in done.stdout.lower()
+
+
+def test_the_waterfall_says_what_every_strategy_saves(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    words = ("plan", "--model", model_folder(), "--seq", 16, "--waterfall", "--json")
+    found = memrt(*words, "--strategies", "int8_states", "activation_checkpoint")
+    rows = found.report["waterfall"]
+    assert [row["strategy"] for row in rows] == ["none", "int8_states", "activation_checkpoint"]
+    assert rows[-1]["peak_bytes"] == found.report["peak_bytes"]
+    alone = memrt("plan", "--model", model_folder(), "--seq", 16, "--json")
+    assert rows[0]["peak_bytes"] == alone.report["peak_bytes"]
+    assert alone.report["waterfall"] is None
+    refused = memrt(*words)
+    assert refused.code == 1
+    assert "--waterfall has no effect without --strategies" in refused.error
