@@ -95,7 +95,9 @@ def quantize_expanded_reference(x: Tensor, *, positive: bool) -> tuple[Tensor, T
     largest_known = torch.where(largest > 0, largest, LARGEST)
     exponent, fraction = _log2(largest_known)
     octaves = _octaves(*_log2(smallest), exponent, fraction).neg().clamp(min=2.0**-6)
-    power = (16 * LOG2_RANGE / octaves + TOLERANCE).floor().clamp(1.0, 255.0)  # 16 k
+    # of two tensors, for PyTorch divides a number by a tensor with two roundings
+    power = torch.full_like(octaves, 16 * LOG2_RANGE) / octaves
+    power = (power + TOLERANCE).floor().clamp(1.0, 255.0)  # 16 k
 
     below = _octaves(*_log2(torch.where(is_zero, largest_known, magnitude)), exponent, fraction)
     factor, n = _exp2_parts(below * (power * 0.0625))
@@ -113,7 +115,7 @@ def dequantize_expanded_reference(
     magnitude_code = integer & 127
     exponent, fraction = _log2(_from_e4m3(magnitude_code.clamp(min=1)))
     octaves = (exponent - 9).float() + (fraction - LOG2_448)
-    root = 16.0 / power.to(torch.float32).clamp(min=1.0).unsqueeze(1)  # 1 / k
+    root = 16.0 / power.to(torch.float32).clamp(min=1.0).unsqueeze(1)  # 1 / k; 16 scales exactly
     factor, n = _exp2_parts(octaves * root)
     share = factor * ((n.clamp(min=-126) + 127) << 23).view(torch.float32)
     x = largest.unsqueeze(1) * share

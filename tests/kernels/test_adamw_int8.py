@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from memrt.kernels import adamw_int8 as module
+from memrt.kernels import stochastic_rounding
 from memrt.kernels.adamw_int8 import adamw_int8, adamw_int8_reference, workspace_bytes
 from memrt.kernels.dynamic_map import (
     BLOCK_SIZE,
@@ -19,6 +20,7 @@ from memrt.kernels.dynamic_map import (
     dynamic_map,
     num_blocks,
 )
+from memrt.kernels.stochastic_rounding import Rounding
 from tests.kernels.live_bytes import LiveBytes
 
 SETTINGS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
@@ -332,6 +334,33 @@ def test_workspace_is_what_the_body_allocates(sample: int, monkeypatch: pytest.M
         adamw_int8._init_fn(*arguments)
     declared = workspace_bytes(*arguments)
     assert seen.peak_bytes == declared
+
+
+def test_workspace_bounds_a_step_that_rounds_stochastically(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rounding a piece comes when bitsandbytes' scratch is gone, and needs more than it."""
+    from bitsandbytes.backends.cpu import ops
+
+    def update(*args: Any, **kwargs: Any) -> None:
+        ops._optimizer_update_8bit_blockwise_cpu(*args, gnorm_scale=1.0, **kwargs)
+
+    monkeypatch.setattr(module, "_bitsandbytes_update", lambda: update)
+    monkeypatch.setattr(module, "stochastic_copy_", _copied_outside_an_operator)
+    arguments = (*samples()[8], [123456789, 987654321])
+    known = [argument for argument in arguments if isinstance(argument, Tensor)]
+    with torch.no_grad(), LiveBytes(known) as seen:
+        adamw_int8._init_fn(*arguments)
+    declared = workspace_bytes(*arguments)
+    assert workspace_bytes(*arguments[:-1]) < seen.peak_bytes <= declared <= 1.5 * seen.peak_bytes
+
+
+def _copied_outside_an_operator(
+    target: Tensor, source: Tensor, *, rounding: Rounding, first_index: int
+) -> None:
+    stochastic_rounding._stochastic_copy._init_fn(
+        target, source, rounding.step, *rounding.key, first_index
+    )
 
 
 @pytest.mark.parametrize(
