@@ -9,16 +9,27 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
+from safetensors.torch import load_file
 from torch import nn
+from transformers.trainer_utils import load_sharded_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from memrt.adapters import has_adapter_files, load_adapters
 from memrt.checkpoint import SETTINGS_NAME, STATE_NAME, load_state, read_strategies, staged
 from memrt.loading import load
+from memrt.packed_strategy import PackedStrategy
+from memrt.packed_weights import packable
 from memrt.session import Session
+from memrt.structure import Facts, RunSettings, discover
 from memrt.trainer import MemoryMixin, unwrap_mixed_precision
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from memrt.strategy import Strategy
 
 __all__ = ["export_checkpoint", "export_run", "strip"]
 
@@ -99,7 +110,8 @@ def _base(checkpoint: Path, base: str | Path | nn.Module | None) -> nn.Module:
     return load(named)
 
 
-def _load(checkpoint: Path) -> Any:
+def _load(checkpoint: Path, strategies: Sequence[Strategy]) -> Any:
+    """The model of a checkpoint; its weights come later where strategies keep them packed."""
     if not (checkpoint / "config.json").is_file():
         raise ValueError(
             f"{checkpoint} has no config.json; name a checkpoint of a transformers run"
@@ -112,7 +124,27 @@ def _load(checkpoint: Path) -> Any:
             f"config.architectures={names} of {checkpoint} is no class of transformers "
             f"{transformers.__version__}; load the model yourself and call export_run"
         )
-    return kind.from_pretrained(checkpoint)
+    if not _packs(strategies):
+        return kind.from_pretrained(checkpoint)
+    model = kind(config)
+    names = packable(Facts(model=model, structure=discover(model), settings=RunSettings()))
+    for name in names:  # what trained does not matter here, that something did does
+        model.get_submodule(name).weight.requires_grad_(False)
+    return model
+
+
+def _packs(strategies: Sequence[Strategy]) -> bool:
+    return any(isinstance(strategy, PackedStrategy) for strategy in strategies)
+
+
+def _fill(model: nn.Module, checkpoint: Path) -> None:
+    """The tensors of a checkpoint, packed ones as they are, into a model of their shapes."""
+    whole = checkpoint / SAFE_WEIGHTS_NAME
+    if whole.is_file():
+        model.load_state_dict(load_file(whole), strict=False)
+        model.tie_weights()  # type: ignore[operator]
+    else:
+        load_sharded_checkpoint(model, str(checkpoint), strict=False)
 
 
 def export_checkpoint(
@@ -129,12 +161,14 @@ def export_checkpoint(
     """
     source, target = Path(checkpoint), _target(output_dir)
     adapters = has_adapter_files(source)
-    model: Any = _base(source, base) if adapters else _load(source)
     strategies = read_strategies(source)
+    model: Any = _base(source, base) if adapters else _load(source, strategies)
     if strategies:
         session = Session(model, strategies)
         if adapters:
             load_adapters(model, source)
+        elif _packs(strategies):
+            _fill(model, source)
         session.load_strategy_state(load_state(source, strategies))
         model = strip(session)
     with staged(target) as folder:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import memrt
 from memrt.errors import ConflictError
+from memrt.export import export_checkpoint, export_run
 from memrt.kernels import int8_weights
 from memrt.loading import load
 from memrt.packed_weights import dense_weight, packed_layers
@@ -20,6 +21,7 @@ from memrt.runner import model_loss
 from memrt.session import Session
 from memrt.testing import FAMILIES, tiny_batches, tiny_model
 from tests.tiny_models import CONFIGS
+from tests.trainer_runs import assert_same, model_of, run, saved_state, weights
 
 PEFT = "peft(rank=4)"
 FORMATS = ["nf4", "int8"]
@@ -202,7 +204,7 @@ def test_export_is_dense_with_the_packed_values(form: str, tmp_path: Path) -> No
     with torch.no_grad():
         expected = model(**ids).logits
     run = memrt.prepare(model, [form, PEFT])
-    memrt.export.export_run(run, tmp_path / "plain")
+    export_run(run, tmp_path / "plain")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
     with torch.no_grad():
         assert torch.equal(loaded(**ids).logits, expected)
@@ -210,10 +212,31 @@ def test_export_is_dense_with_the_packed_values(form: str, tmp_path: Path) -> No
     assert not packed_layers(model)
 
 
-def test_a_failure_while_attaching_undoes_the_packing() -> None:
-    class Fails(nn.Linear):
-        pass
+def test_a_head_trained_over_packed_weights_resumes_and_exports(tmp_path: Path) -> None:
+    """The user freezes all but the head: a checkpoint is whole then, and holds packed weights."""
 
+    def frozen() -> nn.Module:
+        model = model_of("llama").requires_grad_(False)
+        model.get_submodule("lm_head").requires_grad_(True)
+        return model
+
+    options = {"options": {"strategies": ["nf4"]}, "save_strategy": "steps", "save_steps": 3}
+    whole = run(tmp_path / "run", model=frozen(), **options)
+    first, last = (tmp_path / f"run/checkpoint-{step}" for step in (3, 6))
+    resumed = run(tmp_path / "again", model=frozen(), resume=str(first), **options)
+    assert_same(weights(resumed), weights(whole))
+    assert_same(saved_state(resumed), saved_state(whole))
+    with pytest.raises(RuntimeError, match="mismatch"):  # not a model with random weights
+        transformers.AutoModelForCausalLM.from_pretrained(last)
+    expected = logits(whole.model)
+    export_checkpoint(last, tmp_path / "from_checkpoint")
+    export_run(whole, tmp_path / "from_run")
+    for name in ("from_checkpoint", "from_run"):
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert torch.equal(logits(plain), expected)
+
+
+def test_a_failure_while_attaching_undoes_the_packing() -> None:
     model = tiny_model("plain")
     last = model.get_submodule("layers.3.3")
     last.weight.data = last.weight.data.double()  # NF4 takes no float64
