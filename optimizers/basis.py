@@ -1,4 +1,4 @@
-"""The basis of a subspace between two steps: how it is kept, when it moves, what moves with it.
+"""The basis of a subspace between two steps: how it is kept, and when it moves.
 
 P [s, r], s the smaller side of a weight, its columns orthonormal when they were found:
 
@@ -13,9 +13,12 @@ used, 4 · s · r of workspace; its columns are orthonormal to about a tenth. Gr
 through the same restored matrix.
 
 A refresh replaces the columns. Their signs are aligned to the old ones, diag(P_newᵀ P_old) >= 0
-(``align=False``: as they were found), and the ``moments`` of the old columns are
-
-    "keep"    left as they are, though they now belong to other directions (GaLore)
+(``align=False``: as they were found), and the moments are kept as they are, as GaLore keeps them.
+Rotating them along (M <- T M and V <- (T ∘ T) V, T = P_newᵀ P_old) and dropping them were tried and
+left out: on a Llama of width 96, rank 12, after 150 steps of 8 × 64 tokens at lr 5e-3, two seeds,
+the training loss was higher by .64 and .72 (dropped: .35, .25) with a refresh every 2 steps, by .30
+and .26 (.21, .13) every 10, by 0 and .06 (.24, .02) every 50. (CPU, torch 2.13, commit 2d23dd5;
+other learning rates were not tried.)
 
 Workspace of a refresh: a few matrices [s, r] in fp32.
 """
@@ -119,8 +122,8 @@ class MovingBasis:
                 found = found * torch.where((found * old).sum(dim=0) < 0.0, -1.0, 1.0)
             if self.schedule.is_lazy:
                 self.schedule.note(overlap(old, torch.where(sound, found, old)))
-            for name, new in self._encoded(found).items():
-                self._kept[name] = torch.where(sound, new, self._kept[name])
+            for name, tensor in self._encoded(found).items():
+                self._kept[name] = torch.where(sound, tensor, self._kept[name])
         self.refresh_count += 1
         self.pending = False
 
@@ -155,10 +158,10 @@ class MovingBasis:
         saved = {name: state[name] for name in ("basis", *_INT4) if name in state}
         layout = self._layout()
         if saved and {n: (tuple(t.shape), t.dtype) for n, t in saved.items()} != layout:
-            found = ", ".join(f"{n} {tuple(t.shape)} {t.dtype}" for n, t in saved.items())
+            found = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in saved.values())
             raise ValueError(
-                f"the saved basis is {found}, not one of rank {self.rank} in {self._format} "
-                f"({(self.size, self.rank)}): resume with its rank and format"
+                f"the saved basis is {found}, not one of {(self.size, self.rank)} in "
+                f"{self._format}: resume with its rank and format"
             )
         self._kept = {name: tensor.to(self.device, copy=True) for name, tensor in saved.items()}
         self.refresh_count = int(state["refresh_count"])
