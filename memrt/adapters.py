@@ -241,12 +241,12 @@ def load_adapters(model: nn.Module, folder: str | Path) -> None:
 
     state: dict[str, Tensor] = load_file(Path(folder) / "adapter_model.safetensors")
     state = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
-    result = set_peft_model_state_dict(model, state, adapter_name=ADAPTER_NAME)
+    wrong = f"{folder} holds adapters of another model or method; resume with what wrote it"
+    try:
+        result = set_peft_model_state_dict(model, state, adapter_name=ADAPTER_NAME)
+    except RuntimeError as error:  # shapes
+        raise ValueError(f"{wrong} ({str(error).splitlines()[-1].strip()})") from error
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing = [name for name in result.missing_keys if name in trained]
-    if missing or result.unexpected_keys:
-        odd = [*missing, *result.unexpected_keys]
-        raise ValueError(
-            f"{folder} holds adapters of another model or method: {odd[0]} and {len(odd) - 1} more "
-            "do not fit; resume with the settings that wrote it"
-        )
+    odd = [*(name for name in result.missing_keys if name in trained), *result.unexpected_keys]
+    if odd:
+        raise ValueError(f"{wrong} ({odd[0]} and {len(odd) - 1} more do not fit)")

@@ -267,6 +267,15 @@ def test_adapters_of_another_rank_are_refused_on_resume(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("overrides", [{"hidden": 64}, {"layers": 2}], ids=str)
+def test_adapters_of_another_model_are_refused(overrides: dict[str, int], tmp_path: Path) -> None:
+    options = {"options": {"strategies": ["peft(rank=4)"]}}
+    run(tmp_path / "run", **options, **SAVING)
+    other = model_of("llama", **overrides)
+    with pytest.raises(ValueError, match="holds adapters of another model or method"):
+        run(tmp_path / "again", model=other, resume=str(tmp_path / "run/checkpoint-3"), **options)
+
+
 def test_an_export_without_a_base_says_what_to_give(tmp_path: Path) -> None:
     run(tmp_path / "run", options={"strategies": ["peft(rank=4)"]}, **SAVING)
     with pytest.raises(ValueError, match=r"base=None: .*adapters alone"):
