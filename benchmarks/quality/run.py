@@ -51,6 +51,7 @@ def _train(
                 *(f"{name}={data / file}" for name, file in TASKS[task].items()),
                 *("model.path=" + str(base), "training.learning_rate=" + str(lr)),
                 *("training.max_steps=" + str(steps), f"strategies={list(method.strategies)}"),
+                *method.overrides,
             ]
         )
         if code:
