@@ -13,10 +13,15 @@ from memrt.errors import ConflictError
 from tests.contract import FAMILIES, PARTNERS, STACKS, refusal, specs, tensors_equal, train
 
 PAIRS = list(combinations(registry.names(), 2))
+QUICK = "llama"
+"""The family of every pair in the ordinary run; the others follow nightly."""
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != QUICK)) for name in FAMILIES],
+)
 def test_a_pair_trains_or_names_its_conflict(family: str, pair: tuple[str, str]) -> None:
     reason = refusal(family, pair)
     if reason is None:
