@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks import generated_pages
+from benchmarks import generated_pages, update_semantics
 from memrt import registry
 from memrt.profiling.render import to_markdown
 
@@ -76,7 +76,11 @@ def strategies() -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"compare": compare, "strategies": strategies}
+TABLES: dict[str, Callable[[], str]] = {
+    "compare": compare,
+    "strategies": strategies,
+    "update-semantics": update_semantics.markdown,
+}
 
 
 def fill(text: str) -> str:

@@ -1,0 +1,74 @@
+"""The table of what in-backward and layerwise forms keep: what it says, and that it can fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import update_semantics
+from benchmarks.update_semantics import COLUMNS, FORMS, KEPT, LOST, REFUSED, semantics
+from memrt.update_time import BackwardUpdates
+
+Table = dict[str, dict[str, str]]
+
+
+@pytest.fixture(scope="module")
+def table() -> Table:
+    return semantics()
+
+
+def test_nothing_is_lost_without_a_word(table: Table) -> None:
+    assert len(table) == len(FORMS)
+    assert not [(s, c) for s, cells in table.items() for c, cell in cells.items() if cell == LOST]
+
+
+@pytest.mark.parametrize(
+    "column", ["accumulation", "schedulers", "options of groups", "tied weights", "checkpointing"]
+)
+def test_every_form_keeps(table: Table, column: str) -> None:
+    assert {cells[column] for cells in table.values()} == {KEPT}
+
+
+def test_in_backward_forms_refuse_what_needs_all_gradients(table: Table) -> None:
+    for stack, cells in table.items():
+        backward = "in_backward" in stack or "lomo" in stack
+        one_pass = backward and "two_pass" not in stack
+        assert cells["max_grad_norm"] == (REFUSED if one_pass else KEPT), stack
+        assert (cells["fp16 scaling"] == REFUSED) == backward, stack
+        assert (cells["reentrant"] == REFUSED) == backward, stack
+        assert cells["DDP"] == REFUSED, stack
+
+
+def test_gradients_are_held_as_the_accounts_say(table: Table) -> None:
+    """All of them with two micro-batches; a fraction with one."""
+    for stack, cells in table.items():
+        one, two = (
+            int(cells[name].removesuffix(" %"))
+            for name in ("gradients held, 1 micro-batch", "2 micro-batches")
+        )
+        assert one < 60, stack
+        if "in_backward" in stack or "lomo" in stack:
+            assert two >= (one + 10 if "galore" in stack else 100), stack
+
+
+def test_the_trials_find_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In-backward updates with faults put in: half a gradient, and a factor that is left out."""
+    one, two = ("in_backward",), ("in_backward(clip='two_pass')",)
+    arrived = BackwardUpdates._arrived
+
+    def halved(self: BackwardUpdates, parameter: torch.nn.Parameter) -> None:
+        if parameter.grad is not None and not self.run.micro_batch_index:
+            parameter.grad.mul_(0.5)
+        arrived(self, parameter)
+
+    monkeypatch.setattr(BackwardUpdates, "_arrived", halved)
+    for trial in ("accumulation", "grad_norm", "tied weights"):
+        assert COLUMNS[trial](one) == LOST, trial
+    monkeypatch.setattr(BackwardUpdates, "_arrived", arrived)
+
+    def without(norm: Tensor, max_norm: float) -> Tensor:
+        return torch.ones(())
+
+    monkeypatch.setattr("memrt.update_time.clip_factor", without)
+    assert update_semantics.clipping(two) == LOST
