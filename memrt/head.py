@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from memrt.session import Session
     from memrt.strategy import Attachment
-    from memrt.structure import Facts
+    from memrt.structure import Facts, Family
 
 __all__ = ["LogitTransform", "check_head", "install_head", "logit_transform"]
 
@@ -77,7 +77,7 @@ def check_head(facts: Facts) -> None:
         raise ValueError(
             f"the head {head_name!r} of {kind} is a {type(head).__name__}, not a plain linear layer"
         )
-    _check_forward(facts.model.get_submodule(_language_model(facts)))
+    _check_forward(facts.model.get_submodule(_language_model(facts)), facts.structure.family)
     if facts.settings.label_smoothing:
         raise ValueError(
             f"label_smoothing_factor={facts.settings.label_smoothing} needs logits; set it to 0"
@@ -86,7 +86,7 @@ def check_head(facts: Facts) -> None:
         raise ValueError("compute_loss_func needs logits; leave it out")
 
 
-def _check_forward(model: nn.Module) -> None:
+def _check_forward(model: nn.Module, family: Family) -> None:
     """Refuse a forward whose loss cannot be known to be the cross-entropy that it seems."""
     kind = type(model).__name__
     if "forward" in vars(model):
@@ -97,7 +97,8 @@ def _check_forward(model: nn.Module) -> None:
     if "_loss_function" in vars(model):
         raise ValueError(f"{kind}.loss_function was replaced on this instance; drop one of the two")
     loss_type = getattr(model, "loss_type", None)
-    known = loss_type == _MASKED or (loss_type in _CAUSAL and _calls_loss_function(model))
+    through_loss_function = loss_type in _CAUSAL and _calls_loss_function(model)
+    known = loss_type == _MASKED or through_loss_function or family.own_mean_loss
     if not known:
         raise ValueError(
             f"{kind} (loss_type={loss_type!r}) computes its loss in a way of its own, not through "
@@ -203,7 +204,9 @@ class _Interception:
             error = (logits.float() - expected).abs().max()
             if _is_fake(error):
                 return
-            if float(error) <= 4 * torch.finfo(stand_in.dtype).eps * _LARGEST_STAND_IN:
+            # the transform is in fp32, also for a model in fp64
+            epsilon = max(torch.finfo(dtype).eps for dtype in (stand_in.dtype, torch.float32))
+            if float(error) <= 4 * epsilon * _LARGEST_STAND_IN:
                 return
         raise ValueError(
             f"the model changes its logits after the head by more than {self._transform}, which "
@@ -226,7 +229,8 @@ def install_head(run: Session, owner: Attachment) -> None:
     passage = _Interception(
         owner,
         logit_transform(run.facts),
-        masked=getattr(model, "loss_type", None) == _MASKED,
+        masked=getattr(model, "loss_type", None) == _MASKED
+        or run.facts.structure.family.own_mean_loss,
     )
     run.recast(head_name, subclass_of(type(head), _intercepting_head(type(head), passage)))
     own_loss = not _calls_loss_function(model)
@@ -270,17 +274,23 @@ def _intercepting_model(kind: type[nn.Module], passage: _Interception, *, own_lo
             with passage:
                 if not own_loss:
                     return passage.finish(plain(self, *args, **kwargs))
-                # a masked language model of the older kind: a plain mean over its labels
+                # of the older kind: a plain mean over its labels, computed in the forward
                 call.arguments["labels"] = None
+                _give_decoder_inputs(self, call, labels)
                 output = plain(*call.args, **call.kwargs)
                 from transformers.modeling_outputs import MaskedLMOutput
 
                 loss = passage.loss(output[0], labels)
                 kept = output if isinstance(output, dict) else {}
-                return MaskedLMOutput(
-                    loss=loss,
-                    hidden_states=kept.get("hidden_states"),
-                    attentions=kept.get("attentions"),
-                )
+                made = type(output) if kept else MaskedLMOutput
+                return made(**{**kept, "loss": loss, "logits": None})
 
     return Model
+
+
+def _give_decoder_inputs(model: Any, call: inspect.BoundArguments, labels: Tensor) -> None:
+    """What an encoder-decoder's forward makes of its labels, which it is not given."""
+    given = ("decoder_input_ids", "decoder_inputs_embeds")
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None and all(call.arguments.get(name) is None for name in given):
+        call.arguments["decoder_input_ids"] = prepare(labels)

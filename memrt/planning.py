@@ -181,7 +181,8 @@ def simulate(
             model = build()
         integers = stack.enter_context(real_integers(routing))
         stack.enter_context(ledger)
-        run = start(model, strategies, settings=settings, ledger=ledger, loss_of=loss_of)
+        with fake_initialisers():  # a strategy may build layers of its own
+            run = start(model, strategies, settings=settings, ledger=ledger, loss_of=loss_of)
         for _ in range(steps):
             train_step(run, window, read_values=False)
         structure = run.session.facts.structure

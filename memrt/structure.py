@@ -39,11 +39,14 @@ class Family:
     """Config key of a factor on the logits."""
     divide_by_scale: bool = False
     """Whether the logits are divided by that factor instead."""
+    own_mean_loss: bool = False
+    """Whether the forward computes the mean cross-entropy of unshifted labels itself."""
 
 
 _MULTIPLIED = Family(scale_key="logit_scale")
 _DIVIDED = Family(scale_key="logits_scaling", divide_by_scale=True)
 _CAPPED = Family(softcap_key="final_logit_softcapping")
+_OWN_LOSS = Family(own_mean_loss=True)
 
 FAMILIES: Mapping[str, Family] = {
     "beam": _CAPPED,
@@ -62,8 +65,12 @@ FAMILIES: Mapping[str, Family] = {
     "granitemoeshared": _DIVIDED,
     "hyperclovax": Family(scale_key="logits_scaling"),
     "inkling2_text": _CAPPED,
+    "longt5": _OWN_LOSS,
+    "mt5": _OWN_LOSS,
     "nanochat": _CAPPED,
     "recurrent_gemma": Family(softcap_key="logits_soft_cap"),
+    "t5": _OWN_LOSS,
+    "umt5": _OWN_LOSS,
     "vaultgemma": _CAPPED,
     "xlstm": Family(softcap_key="output_logit_soft_cap"),
 }

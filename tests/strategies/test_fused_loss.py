@@ -523,12 +523,12 @@ def test_a_classifier_is_refused() -> None:
     assert "LlamaForSequenceClassification has no language-model head" in message
 
 
-def test_an_encoder_and_decoder_is_refused() -> None:
-    config = transformers.T5Config(
-        d_model=32, d_ff=64, num_layers=1, num_heads=2, d_kv=8, vocab_size=VOCABULARY
+def test_an_encoder_and_decoder_of_an_unknown_loss_is_refused() -> None:
+    config = transformers.BartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, vocab_size=VOCABULARY
     )
-    message = refusal(transformers.T5ForConditionalGeneration(config))
-    assert "T5ForConditionalGeneration" in message
+    message = refusal(transformers.BartForConditionalGeneration(config))
+    assert "BartForConditionalGeneration" in message
     assert "computes its loss in a way of its own" in message
 
 
