@@ -31,7 +31,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ __all__ = [
     "nf4_dequantize_reference",
     "nf4_quantize",
     "nf4_quantize_reference",
+    "without_hub_warning",
 ]
 
 BLOCK_SIZE = 64
@@ -288,17 +290,25 @@ def _outer_map(device: torch.device) -> Tensor:
     return torch.tensor(dynamic_map(signed=True), device=device)
 
 
-def _operators() -> Any:
+@contextmanager
+def without_hub_warning() -> Iterator[None]:
+    """bitsandbytes warns on import that it found no CPU kernel on a hub; nothing here uses it."""
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns that it found no CPU kernel on a hub; none is used
+    before = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        import bitsandbytes  # noqa: F401 - registers torch.ops.bitsandbytes
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _operators() -> Any:
+    try:
+        with without_hub_warning():
+            import bitsandbytes  # noqa: F401 - registers torch.ops.bitsandbytes
     except ImportError as error:
         raise ImportError(
             "NF4 is computed by bitsandbytes, which cannot be imported; "
             "run: pip install bitsandbytes, or use the strategy int8"
         ) from error
-    finally:
-        logger.setLevel(level)
     return torch.ops.bitsandbytes

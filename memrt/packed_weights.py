@@ -133,7 +133,8 @@ def note_packed(
     state.dense_shape, state.dense_dtype = shape, dtype
     if is_conv1d(module):
         state.in_features, state.out_features = shape
-    return _packed_class(type(state), form)
+    kind: Any = type(module)
+    return _packed_class(kind, form)
 
 
 @torch.no_grad()

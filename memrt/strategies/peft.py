@@ -30,6 +30,7 @@ from memrt.adapters import (
     remove_adapters,
 )
 from memrt.errors import unknown_name
+from memrt.kernels.nf4 import without_hub_warning
 from memrt.packed_weights import packed_layers
 from memrt.profiling.accounts import Account
 from memrt.registry import register
@@ -116,8 +117,9 @@ class Peft(Strategy):
 
     def build(self) -> Any:
         """A new PEFT configuration of these settings."""
-        import peft
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        with without_hub_warning():  # PEFT imports bitsandbytes
+            import peft
+            from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         if self.config is not None:
             return peft.get_peft_config(dict(self.config))

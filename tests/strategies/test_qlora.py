@@ -227,6 +227,26 @@ def test_70b_fits_48_gigabytes_and_the_plan_takes_seconds() -> None:
     assert found.fits
 
 
+@pytest.mark.parametrize("beside", [[], ["fused_lora"]], ids=str)
+def test_extrapolated_layers_equal_the_full_plan(beside: list[str]) -> None:
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=9,
+        num_attention_heads=4,
+        vocab_size=99,
+        use_cache=False,
+    )
+    stack = ["nf4", "peft(rank=4)", "activation_checkpoint", "fused_loss(chunk_tokens=8)", *beside]
+    options: dict[str, Any] = {"sequence_length": 16, "dtype": torch.bfloat16}
+    quick, whole = plan(config, stack, **options), plan(config, stack, full=True, **options)
+    assert quick.simulated_layers == (4, 5, 6)
+    assert whole.simulated_layers == (9,)
+    assert quick.simulation.peak.accounts == whole.simulation.peak.accounts
+    assert quick.simulation.peak.owners == whole.simulation.peak.owners
+    assert quick.simulation.phases() == whole.simulation.phases()
+
+
 def test_runs_under_the_command_lines_spelling(tmp_path: Path) -> None:
     stack = ["nf4", 'peft(method="lora", rank=4, targets="all-linear")', "activation_checkpoint"]
     trainer = run(tmp_path, options={"strategies": stack}, max_steps=2)
