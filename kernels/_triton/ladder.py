@@ -74,10 +74,7 @@ def ladder_down_kernel(
     mask = is_token & is_channel[None, :]
     start = first_token * side
     state = tl.load(state_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    if SCALAR_GATE:
-        gate = tl.load(gate_ptr + channels * 0)
-    else:
-        gate = tl.load(gate_ptr + channels, mask=is_channel, other=0.0)
+    gate = tl.load(gate_ptr + channels * (0 if SCALAR_GATE else 1), mask=is_channel, other=0.0)
     gate = gate.to(state_ptr.dtype.element_ty).to(tl.float32)[None, :]
     difference = state - down
     # exact at both ends
