@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.family_page import family_page
+from benchmarks.strategy_pages import cards_page, index_page, strategy_page
 from memrt import registry
-from memrt.compatibility import buildable, facts_of_kinds, survey
+from memrt.compatibility import Compatibility, buildable, facts_of_kinds, survey
 from memrt.compatibility_sections import matrix_sections
 from memrt.profiling.render import sections_to_markdown
 
@@ -18,7 +19,7 @@ __all__ = ["MARK", "built_in", "compatibility_page", "pages", "refresh"]
 
 MARK = "<!-- Made by `python -m benchmarks.tables` from the code; edits here are lost. -->\n\n"
 
-_FOLDERS: tuple[str, ...] = ()
+_FOLDERS = ("docs/strategies",)
 """Folders that hold generated pages only."""
 
 
@@ -33,17 +34,28 @@ def built_in() -> list[str]:
 
 def pages() -> dict[str, str]:
     """Path in the checkout -> text."""
+    names, found = built_in(), _matrix()
     return {
-        "docs/compatibility.md": compatibility_page(),
-        "docs/families.md": MARK + family_page(buildable(built_in())[0]),
+        "docs/compatibility.md": _compatibility(found),
+        "docs/families.md": MARK + family_page(list(found.strategies)),
+        "docs/which-strategy.md": MARK + cards_page(),
+        "docs/strategies/README.md": MARK + index_page(names),
+        **{f"docs/strategies/{name}.md": MARK + strategy_page(name, found) for name in names},
     }
 
 
 def compatibility_page() -> str:
     """What `memrt compat` prints, as a page."""
-    strategies, unbuilt = buildable(built_in())
-    found = survey(strategies, facts_of_kinds(), unbuilt=unbuilt)
+    return _compatibility(_matrix())
+
+
+def _compatibility(found: Compatibility) -> str:
     return MARK + sections_to_markdown(matrix_sections(found))
+
+
+def _matrix() -> Compatibility:
+    strategies, unbuilt = buildable(built_in())
+    return survey(strategies, facts_of_kinds(), unbuilt=unbuilt)
 
 
 def refresh(root: Path, *, check: bool) -> list[str]:

@@ -300,27 +300,35 @@ def survey(
 ) -> Compatibility:
     """Every strategy alone, in pairs and with the trainer's settings.
 
-    Pairs and settings are asked on the kinds that every one of them runs on alone, so that their
-    reasons are about the pair.
+    A kind that refuses a pair or a setting for a reason that one strategy has alone already is left
+    out there: it says nothing about the pair. What runs only beside others (a frozen base) is thus
+    asked with each of them.
     """
     alone = {strategy.name: verdict_of([strategy], facts) for strategy in strategies}
 
-    def served(*members: Strategy) -> dict[str, Facts]:
-        return {
-            kind: found
-            for kind, found in facts.items()
-            if all(not alone[member.name].reasons[kind] for member in members)
+    def together(*members: Strategy, settings: RunSettings | None = None) -> Verdict:
+        found = verdict_of(members, facts, settings=settings).reasons
+        known = {
+            kind: {reason for member in members for reason in alone[member.name].reasons[kind]}
+            for kind in found
         }
+        return Verdict(
+            reasons={
+                kind: reasons
+                for kind, reasons in found.items()
+                if not reasons or not known[kind].issuperset(reasons)
+            }
+        )
 
     return Compatibility(
         strategies=tuple(strategies),
         alone=alone,
         pairs={
-            (one.name, other.name): verdict_of([one, other], served(one, other))
+            (one.name, other.name): together(one, other)
             for one, other in combinations(strategies, 2)
         },
         settings={
-            (strategy.name, name): verdict_of([strategy], served(strategy), settings=settings)
+            (strategy.name, name): together(strategy, settings=settings)
             for strategy in strategies
             for name, settings in SETTINGS.items()
         },

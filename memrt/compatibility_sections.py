@@ -17,7 +17,9 @@ __all__ = ["matrix_sections", "partner_sections", "stack_sections"]
 
 SYMBOLS = {"yes": "✓", "no": "✗", "some": "±", "none": "–"}
 
-_LEGEND = "✓ together, ✗ refused, ± on some kinds of models, – no kind that both run on alone."
+_LEGEND = (
+    "✓ together, ✗ refused, ± on some kinds of models, – refused for what one of them lacks alone."
+)
 _INTRODUCTION = """\
 Made from the code by `memrt compat`: what the check before every run says of each pair, with the \
 default settings of both, on a model of each kind. A refusal comes before the model is touched. \
