@@ -47,6 +47,8 @@ OPTIONS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
         ("gpt2", torch.bfloat16, ["int8_states", "offload_activations(min_bytes=0)"]),
         ("plain", torch.float32, ["int8_states", "lisa(layers=1, every=2)"]),
         ("llama", torch.bfloat16, ["galore(rank=4, every=3)"]),
+        ("gpt2", torch.bfloat16, ["apollo(rank=4)", "fp8_states"]),
+        ("llama", torch.float32, ["fira(rank=4)"]),  # projects a gradient that is formed
         ("gpt2", torch.float32, ["galore(rank=4, every=3)", "badam(every=2)", "int8_states"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else str(value),
