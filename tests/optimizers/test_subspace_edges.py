@@ -270,9 +270,7 @@ def bytes_run(shape: tuple[int, int], *, fake: bool, **options: Any) -> list[int
 
 
 @each_shape
-@pytest.mark.parametrize(
-    "options", [{}, {"norm": "exact"}, {"basis": "bfloat16"}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"norm": "exact"}, {"basis": "bfloat16"}], ids=str)
 def test_bytes_are_those_of_the_docstring_real_and_fake(
     shape: tuple[int, int], options: dict[str, Any]
 ) -> None:
