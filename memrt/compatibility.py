@@ -9,7 +9,9 @@ pairs test, which trains every pair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
@@ -285,11 +287,23 @@ def verdict_of(
 ) -> Verdict:
     """What `conflicts` says of a stack on every model of `facts`."""
     reasons = {}
-    with fake_tensors():
+    with fake_tensors(), _without_advice():
         for kind, found in facts.items():
             asked = found if settings is None else replace(found, settings=settings)
             reasons[kind] = tuple(conflicts(strategies, asked))
     return Verdict(reasons=reasons)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """A check may warn of what it lets pass: advice for a run, and there is none here."""
+    logger = logging.getLogger("memrt")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def survey(

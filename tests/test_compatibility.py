@@ -112,12 +112,15 @@ def test_reasons_that_differ_by_names_alone_are_one() -> None:
 
 
 def test_the_command_prints_the_page(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     names = generated_pages.built_in()  # other tests may have registered theirs
     monkeypatch.setattr(registry, "names", lambda: names)
     assert main(["compat"]) == 0
     assert generated_pages.compatibility_page().endswith(capsys.readouterr().out)
+    assert not caplog.records  # advice is for runs
 
 
 def test_a_stack_is_told_in_order_and_by_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
