@@ -16,7 +16,7 @@ from memrt import checkpoint, registry
 from memrt.checkpoint import SETTINGS_NAME, STATE_NAME
 from memrt.strategy import Attachment
 from memrt.testing import tiny_batches
-from tests.contract import SPECS
+from tests.contract import SPECS, specs
 from tests.trainer_runs import (
     assert_equal,
     assert_same,
@@ -51,7 +51,7 @@ def resume_exactly(folder: Path, specs: list[str], family: str, **overrides: Any
 
 @pytest.mark.parametrize("name", registry.names())
 def test_every_strategy_resumes_as_if_never_stopped(name: str, tmp_path: Path) -> None:
-    resume_exactly(tmp_path, [SPECS[name]], "llama", gradient_accumulation_steps=2)
+    resume_exactly(tmp_path, specs([name]), "llama", gradient_accumulation_steps=2)
 
 
 @pytest.mark.parametrize(
