@@ -27,12 +27,11 @@ SCHEMA = "memrt.doctor/1"
 
 REQUIRED = (
     *("torch", "transformers", "accelerate", "datasets", "bitsandbytes", "huggingface-hub"),
-    *("jinja2", "numpy", "nvidia-ml-py", "omegaconf", "psutil", "pyyaml", "rich", "safetensors"),
-    "tokenizers",
+    *("jinja2", "numpy", "nvidia-ml-py", "omegaconf", "peft", "psutil", "pyyaml", "rich"),
+    *("safetensors", "tokenizers"),
 )
 OPTIONAL = {
     "triton": "memrt's own GPU kernels; it comes with PyTorch's CUDA builds",
-    "peft": "LoRA and other adapters",
     "trl": "TRL's trainers through memrt.MemoryMixin",
     "matplotlib": "pictures: memrt report --format png",
     "tensorboard": "logs of the Trainer: report_to='tensorboard'",
