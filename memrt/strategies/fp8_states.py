@@ -13,16 +13,12 @@ Formula: `memrt.kernels.adamw_fp8`. Source: Xi et al. 2024, arXiv 2410.19313.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
 
-from memrt.optimizer_slots import require_adamw
-from memrt.profiling.accounts import Account
 from memrt.registry import register
-from memrt.strategy import Attachment, Claim, Phase, Rule, Slot, Strategy
+from memrt.state_format_strategy import StateFormatStrategy, require_triton_on_cuda
 
 if TYPE_CHECKING:
-    from memrt.session import Session
     from memrt.structure import Facts
 
 __all__ = ["Fp8States"]
@@ -30,36 +26,13 @@ __all__ = ["Fp8States"]
 
 @register
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fp8States(Strategy):
+class Fp8States(StateFormatStrategy):
     """No settings: groups are of 128 elements, as published."""
 
     name: ClassVar[str] = "fp8_states"
-    phase: ClassVar[Phase] = Phase.UPDATE
-    lowers: ClassVar[tuple[Account, ...]] = (Account.OPTIMIZER,)
+    state_format: ClassVar[str] = "fp8"
 
     def check(self, facts: Facts) -> None:
         """Needs AdamW as the update rule, and Triton on CUDA."""
-        require_adamw(facts)
-        on_cuda = any(parameter.is_cuda for parameter in facts.model.parameters())
-        if on_cuda and find_spec("triton") is None:
-            raise ValueError("triton is not installed; run: pip install triton")
-
-    def claims(self, facts: Facts) -> list[Claim]:
-        """The format of every parameter's state."""
-        return [Claim(slot=Slot.STATE_FORMAT)]
-
-    def attach(self, run: Session) -> Attachment:
-        """Nothing is changed in the model."""
-        return _Fp8States(self, run)
-
-
-class _Fp8States(Attachment):
-    def rules(self) -> list[Rule]:
-        """FP8 states for every parameter; the format itself leaves small ones in fp32."""
-        return [
-            Rule(
-                slot=Slot.STATE_FORMAT,
-                match=lambda name, parameter: True,
-                build=lambda name, parameter: "fp8",
-            )
-        ]
+        StateFormatStrategy.check(self, facts)
+        require_triton_on_cuda(facts)

@@ -14,16 +14,12 @@ and other values for second moments (`memrt.kernels.blockwise_int4` says why).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
 
-from memrt.optimizer_slots import require_adamw
-from memrt.profiling.accounts import Account
 from memrt.registry import register
-from memrt.strategy import Attachment, Claim, Phase, Rule, Slot, Strategy
+from memrt.state_format_strategy import StateFormatStrategy, require_triton_on_cuda
 
 if TYPE_CHECKING:
-    from memrt.session import Session
     from memrt.structure import Facts
 
 __all__ = ["Int4States"]
@@ -31,36 +27,13 @@ __all__ = ["Int4States"]
 
 @register
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Int4States(Strategy):
+class Int4States(StateFormatStrategy):
     """No settings: blocks are of 128 elements, as published."""
 
     name: ClassVar[str] = "int4_states"
-    phase: ClassVar[Phase] = Phase.UPDATE
-    lowers: ClassVar[tuple[Account, ...]] = (Account.OPTIMIZER,)
+    state_format: ClassVar[str] = "int4"
 
     def check(self, facts: Facts) -> None:
         """Needs AdamW as the update rule, and Triton on CUDA."""
-        require_adamw(facts)
-        on_cuda = any(parameter.is_cuda for parameter in facts.model.parameters())
-        if on_cuda and find_spec("triton") is None:
-            raise ValueError("triton is not installed; run: pip install triton")
-
-    def claims(self, facts: Facts) -> list[Claim]:
-        """The format of every parameter's state."""
-        return [Claim(slot=Slot.STATE_FORMAT)]
-
-    def attach(self, run: Session) -> Attachment:
-        """Nothing is changed in the model."""
-        return _Int4States(self, run)
-
-
-class _Int4States(Attachment):
-    def rules(self) -> list[Rule]:
-        """4-bit states for every parameter; the format itself leaves small ones in fp32."""
-        return [
-            Rule(
-                slot=Slot.STATE_FORMAT,
-                match=lambda name, parameter: True,
-                build=lambda name, parameter: "int4",
-            )
-        ]
+        StateFormatStrategy.check(self, facts)
+        require_triton_on_cuda(facts)

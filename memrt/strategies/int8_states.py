@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar
 
-from memrt.optimizer_slots import require_adamw
-from memrt.profiling.accounts import Account
 from memrt.registry import register
-from memrt.strategy import Attachment, Claim, Phase, Rule, Slot, Strategy
+from memrt.state_format_strategy import StateFormatStrategy
 
 if TYPE_CHECKING:
-    from memrt.session import Session
     from memrt.structure import Facts
 
 __all__ = ["Int8States"]
@@ -27,35 +24,14 @@ __all__ = ["Int8States"]
 
 @register
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Int8States(Strategy):
+class Int8States(StateFormatStrategy):
     """No settings: block size and thresholds are bitsandbytes'."""
 
     name: ClassVar[str] = "int8_states"
-    phase: ClassVar[Phase] = Phase.UPDATE
-    lowers: ClassVar[tuple[Account, ...]] = (Account.OPTIMIZER,)
+    state_format: ClassVar[str] = "int8"
 
     def check(self, facts: Facts) -> None:
         """Needs AdamW as the update rule, and bitsandbytes."""
-        require_adamw(facts)
+        StateFormatStrategy.check(self, facts)
         if find_spec("bitsandbytes") is None:
             raise ValueError("bitsandbytes is not installed; run: pip install bitsandbytes")
-
-    def claims(self, facts: Facts) -> list[Claim]:
-        """The format of every parameter's state."""
-        return [Claim(slot=Slot.STATE_FORMAT)]
-
-    def attach(self, run: Session) -> Attachment:
-        """Nothing is changed in the model."""
-        return _Int8States(self, run)
-
-
-class _Int8States(Attachment):
-    def rules(self) -> list[Rule]:
-        """8-bit states for every parameter; the format itself leaves small ones in fp32."""
-        return [
-            Rule(
-                slot=Slot.STATE_FORMAT,
-                match=lambda name, parameter: True,
-                build=lambda name, parameter: "int8",
-            )
-        ]

@@ -119,7 +119,7 @@ def test_on_cuda_it_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     from memrt.strategies import fp8_states
     from memrt.structure import Facts, RunSettings, discover
 
-    monkeypatch.setattr(fp8_states, "find_spec", lambda name: None)
+    monkeypatch.setattr("memrt.state_format_strategy.find_spec", lambda name: None)
     model = _model()
     facts = Facts(model=model, structure=discover(model), settings=RunSettings())
     fp8_states.Fp8States().check(facts)  # not on the CPU

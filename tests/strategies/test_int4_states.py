@@ -78,7 +78,7 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConflictError, match=r"int4_states: optimizer='SGD'.*use AdamW"):
         memrt.prepare(model, ["int4_states"], optimizer=torch.optim.SGD(model.parameters()))
     facts = Facts(model=model, structure=discover(model), settings=RunSettings())
-    monkeypatch.setattr(int4_states, "find_spec", lambda name: None)
+    monkeypatch.setattr("memrt.state_format_strategy.find_spec", lambda name: None)
     int4_states.Int4States().check(facts)  # the CPU needs no Triton
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
     with pytest.raises(ValueError, match="pip install triton"):
