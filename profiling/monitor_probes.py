@@ -138,9 +138,20 @@ class PowerIntegral:
 
 
 def _high_water_bytes() -> int:
-    """The largest RSS this process ever had, as the operating system keeps it."""
+    """The largest RSS this process ever had, as the operating system keeps it.
+
+    Linux keeps two: VmHWM is this program's own, and getrusage's begins with what the process that
+    started it had, so that a small program under a large one never passes it.
+    """
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
+    try:
+        with open("/proc/self/status", "rb") as file:
+            for line in file:
+                if line.startswith(b"VmHWM:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # another system, or a container without /proc
     import resource
 
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from memrt.profiling.phase_peaks import PhasePeaks
 
 RunWithDriver = Any  # the fixture's type lives in conftest.py, which tests do not import
 
+ROOT = Path(__file__).resolve().parents[2]
 MIB = 2**20
 GIB = 2**30
 CARD = {
@@ -79,6 +83,17 @@ def test_the_default_device_without_cuda_is_the_host() -> None:
         pass
     assert "torch sees no CUDA device" in monitor.report().unavailable["nvml"]
     assert monitor.report().interval_seconds == 0.1
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux keeps this mark")
+def test_the_mark_is_not_that_of_the_process_that_started_this_one() -> None:
+    held = bytearray(2**30)
+    held[::4096] = b"1" * (len(held) // 4096)  # every page
+    code = "from memrt.profiling.monitor_probes import _high_water_bytes as h; print(h())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert int(done.stdout) < len(held)
 
 
 def test_a_spike_between_samples_is_found_in_its_phase(run_with_driver: RunWithDriver) -> None:
