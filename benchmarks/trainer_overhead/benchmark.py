@@ -11,8 +11,8 @@ a variant is divided by that of transformers' Trainer; the ratio is the median o
 second run of transformers' Trainer is one of the variants: its ratio is the noise of the machine.
 
 Goal: at most 1 % slower. Whether it is met is judged by the interval of a notched box plot around
-the median, 1.57 × interquartile range / √rounds (McGill, Tukey and Larsen 1978): where it reaches to
-both sides of the goal, the machine is too noisy to tell.
+the median, 1.57 × interquartile range / √rounds (McGill, Tukey and Larsen 1978): where it reaches
+to both sides of the goal, the machine is too noisy to tell.
 """
 
 from __future__ import annotations
