@@ -24,6 +24,9 @@ __all__ = ["MemoryProfilerCallback"]
 class MemoryProfilerCallback(transformers.TrainerCallback):  # type: ignore[misc]
     """Counts and watches a training run; changes no number of it.
 
+    A Trainer does not tell its callbacks where forward ends, so that the steps after the counted
+    ones are watched as "forward and backward" and "step".
+
     Writes `report.md` and `report.json` into `folder`, or into `memrt` inside the Trainer's output
     folder: when the counted steps are over, and again at the end of training. A Trainer tells its
     callbacks nothing of an exception: call `close()` where a process goes on after one, as in a
@@ -113,7 +116,7 @@ class MemoryProfilerCallback(transformers.TrainerCallback):  # type: ignore[misc
         if self._report.counts:
             self._micro_batch.enter_context(self._session.micro_batch())
         else:
-            self._micro_batch.enter_context(self._report.forward())
+            self._report.begin_micro_batch()
 
     def _write(self, args: Any, state: Any, model: nn.Module) -> None:
         assert self._report is not None

@@ -10,7 +10,8 @@ __all__ = ["Gpu", "Overhead"]
 
 # Total memory in MiB as nvidia-smi shows it, by which drivers and clouds sell; the sources are
 # Modal's list of its cards (modal-client pull request 2797, and the H200 in its maker's article on
-# it) and nvidia-smi outputs in public issue threads for the GeForce cards. Not measured by memrt.
+# it) and nvidia-smi outputs in public issue threads for the RTX 3090 and 5090; for the RTX 4090 no
+# source was kept. Not measured by memrt.
 _CARDS_MIB = {
     "t4": 15_360,
     "l4": 23_034,

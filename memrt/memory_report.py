@@ -90,6 +90,11 @@ class MemoryReport:
         if watched:
             self._marks.enter("backward")
 
+    def begin_micro_batch(self) -> None:
+        """Forward and backward, for who is not told where one ends and the other begins."""
+        if self._in_step and not self.counts:
+            self._marks.enter("forward and backward")
+
     def begin_update(self) -> None:
         """The optimizer's own step begins."""
         if self._in_step and not self.counts:
