@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ class TrainerRun:
     """The periods after the warm-up, and the loss that shows that the same was trained."""
 
     step_seconds: list[float]
+    processor_seconds: list[float]
+    """What each of these steps cost on all threads of the process: what else the machine does is
+    not in it."""
     training_loss: float
     energy_joules: float | None = None
     """Of the whole run, with a monitor on a card that tells."""
@@ -40,12 +44,14 @@ class TrainerRun:
 class _Clock(transformers.TrainerCallback):
     def __init__(self, device: torch.device) -> None:
         self.ends: list[float] = []
+        self.processor_ends: list[float] = []
         self._device = device
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.ends.append(time.perf_counter())
+        self.processor_ends.append(time.process_time())
 
 
 class _Edges(transformers.TrainerCallback):
@@ -109,11 +115,18 @@ def train(
         trainer.remove_callback(transformers.PrinterCallback)
         loss = trainer.train().training_loss
         energy = None if monitor is None else monitor.stop().energy_joules
-    periods = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
     assert len(clock.ends) == steps, f"{len(clock.ends)} steps ended, {steps} were asked for"
     return TrainerRun(
-        step_seconds=periods[max(0, warm_up - 1) :], training_loss=loss, energy_joules=energy
+        step_seconds=_periods(clock.ends, warm_up),
+        processor_seconds=_periods(clock.processor_ends, warm_up),
+        training_loss=loss,
+        energy_joules=energy,
     )
+
+
+def _periods(ends: list[float], warm_up: int) -> list[float]:
+    """From the end of one step to the end of the next; the first step has no period."""
+    return [after - before for before, after in pairwise(ends)][max(0, warm_up - 1) :]
 
 
 def _trainer(

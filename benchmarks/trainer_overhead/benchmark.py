@@ -6,9 +6,12 @@ three steps and left.
 
 How it is measured: a small Llama is trained from the same weights on the same random ids by each
 Trainer in turn, A B C D E, B C D E A, and so on, so that a machine that gets slower slows all of
-them. A step lasts from the end of the one before to its own end. For each round, the median step of
-a variant is divided by that of transformers' Trainer; the ratio is the median over the rounds. A
-second run of transformers' Trainer is one of the variants: its ratio is the noise of the machine.
+them. A step lasts from the end of the one before to its own end, and is taken in processor time of
+all threads of the process (the monitor's too), with torch on one thread, whose waiting would
+otherwise be counted as work: wall time, which is recorded beside it, is the machine's as much as
+ours. For each round, the median step of a variant is divided by that of transformers' Trainer; the
+ratio is the median over the rounds. A second run of transformers' Trainer is one of the variants:
+its ratio is the noise of the machine.
 
 Goal: at most 1 % slower. Whether it is met is judged by the interval of a notched box plot around
 the median, 1.57 × interquartile range / √rounds (McGill, Tukey and Larsen 1978): where it reaches
@@ -32,11 +35,12 @@ from benchmarks.trainer_steps import VARIANTS, TrainerRun, random_examples, trai
 __all__ = ["CLAIM", "DEFAULTS", "GOAL", "TINY", "run"]
 
 CLAIM = "Without strategies memrt's Trainer is as fast as transformers' Trainer, monitored or not."
-GOAL = "at most 1 % slower per step"
+GOAL = "at most 1 % more processor time per step"
 HIGHEST_RATIO = 1.01
 
 BASELINE = "transformers"
 CONTROL = "transformers, again"
+LABELS = [*VARIANTS, CONTROL]
 
 DEFAULTS: dict[str, Any] = {
     "size": "0.004B",
@@ -44,7 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "sequence_length": 256,
     "steps": 14,
     "warm_up": 4,
-    "repetitions": 7,
+    "repetitions": 16,
     "seed": 0,
 }
 TINY: dict[str, Any] = {
@@ -77,30 +81,43 @@ def _train_once(label: str, options: Mapping[str, Any]) -> TrainerRun:
 
 def run(options: Mapping[str, Any]) -> dict[str, Any]:
     """Rounds of every variant, in rotating order."""
-    labels = [*VARIANTS, CONTROL]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _judged(_rounds(options))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _rounds(options: Mapping[str, Any]) -> list[dict[str, Any]]:
     repetitions: list[dict[str, Any]] = []
     for index in range(options["repetitions"]):
-        turn = index % len(labels)
-        runs = {label: _train_once(label, options) for label in labels[turn:] + labels[:turn]}
+        turn = index % len(LABELS)
+        runs = {label: _train_once(label, options) for label in LABELS[turn:] + LABELS[:turn]}
         repetitions.append(
             {
-                label: {"step_seconds": run.step_seconds, "training_loss": run.training_loss}
+                label: {
+                    "step_seconds": run.step_seconds,
+                    "processor_seconds": run.processor_seconds,
+                    "training_loss": run.training_loss,
+                }
                 for label, run in runs.items()
             }
         )
-    return _judged(repetitions, labels)
+    return repetitions
 
 
-def _judged(repetitions: list[dict[str, Any]], labels: list[str]) -> dict[str, Any]:
-    middles = [
-        {label: median(found[label]["step_seconds"]) for label in labels} for found in repetitions
-    ]
+def _judged(repetitions: list[dict[str, Any]]) -> dict[str, Any]:
+    walls, middles = (
+        [{label: median(found[label][clock]) for label in LABELS} for found in repetitions]
+        for clock in ("step_seconds", "processor_seconds")
+    )
     ratios = {
         label: spread([found[label] / found[BASELINE] for found in middles])
-        for label in labels
+        for label in LABELS
         if label != BASELINE
     }
-    losses = {found[label]["training_loss"] for found in repetitions for label in labels}
+    losses = {found[label]["training_loss"] for found in repetitions for label in LABELS}
     slowest = max(
         (label for label in ratios if label != CONTROL), key=lambda x: ratios[x]["median"]
     )
@@ -108,7 +125,8 @@ def _judged(repetitions: list[dict[str, Any]], labels: list[str]) -> dict[str, A
     return {
         "repetitions": repetitions,
         "summary": {
-            "step_seconds": {label: spread([m[label] for m in middles]) for label in labels},
+            "step_seconds": {label: spread([m[label] for m in walls]) for label in LABELS},
+            "processor_seconds": {label: spread([m[label] for m in middles]) for label in LABELS},
             "ratio": ratios,
             "losses_equal": len(losses) == 1,
         },
