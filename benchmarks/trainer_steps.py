@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,16 +41,24 @@ class TrainerRun:
 
 
 class _Clock(transformers.TrainerCallback):
-    def __init__(self, device: torch.device) -> None:
-        self.ends: list[float] = []
-        self.processor_ends: list[float] = []
+    def __init__(self, device: torch.device, wait: Callable[[], None] | None) -> None:
+        self.num_steps = 0
+        self.seconds: list[float] = []
+        self.processor_seconds: list[float] = []
+        self._began: tuple[float, float] | None = None
         self._device = device
+        self._wait = wait
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self.ends.append(time.perf_counter())
-        self.processor_ends.append(time.process_time())
+        if self._began is not None:
+            self.seconds.append(time.perf_counter() - self._began[0])
+            self.processor_seconds.append(time.process_time() - self._began[1])
+        self.num_steps += 1
+        if self._wait is not None:
+            self._wait()
+        self._began = time.perf_counter(), time.process_time()
 
 
 class _Edges(transformers.TrainerCallback):
@@ -84,13 +91,17 @@ def train(
     steps: int,
     warm_up: int,
     arguments: Mapping[str, Any] | None = None,
+    wait: Callable[[], None] | None = None,
 ) -> TrainerRun:
-    """Train `steps` optimizer steps and time those after the first `warm_up`."""
+    """Train `steps` optimizer steps and time those after the first `warm_up`.
+
+    `wait` is called between steps; how long it takes is in no period. The first step has none.
+    """
     if variant not in VARIANTS:
         raise ValueError(f"variant={variant!r} is unknown; use one of {', '.join(VARIANTS)}")
     if steps <= warm_up:
         raise ValueError(f"steps={steps}: must be more than warm_up={warm_up}")
-    clock = _Clock(device)
+    clock = _Clock(device, wait)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="memrt-benchmark-"))
         options = {
@@ -115,18 +126,14 @@ def train(
         trainer.remove_callback(transformers.PrinterCallback)
         loss = trainer.train().training_loss
         energy = None if monitor is None else monitor.stop().energy_joules
-    assert len(clock.ends) == steps, f"{len(clock.ends)} steps ended, {steps} were asked for"
+    assert clock.num_steps == steps, f"{clock.num_steps} steps ended, {steps} were asked for"
+    first = max(0, warm_up - 1)
     return TrainerRun(
-        step_seconds=_periods(clock.ends, warm_up),
-        processor_seconds=_periods(clock.processor_ends, warm_up),
+        step_seconds=clock.seconds[first:],
+        processor_seconds=clock.processor_seconds[first:],
         training_loss=loss,
         energy_joules=energy,
     )
-
-
-def _periods(ends: list[float], warm_up: int) -> list[float]:
-    """From the end of one step to the end of the next; the first step has no period."""
-    return [after - before for before, after in pairwise(ends)][max(0, warm_up - 1) :]
 
 
 def _trainer(

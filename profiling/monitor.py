@@ -10,11 +10,11 @@
 
 The thread reads the device's used bytes every 20 ms, and what takes the driver longer (this
 process's share, power, utilisation, temperature) every 100 ms; without NVML it reads RSS alone
-every 100 ms, and the report says why. Spikes between samples are not lost: at every phase edge the
+every 250 ms, and the report says why. Spikes between samples are not lost: at every phase edge the
 allocator's peak counters and the kernel's RSS high-water mark are read (see ``allocator`` and
 ``monitor_probes``). The driver is not asked at an edge, where training would have to wait for it.
 
-Cost: the thread limits itself to 1 % of one core by sampling more rarely, and reports what it took;
+Cost: the thread limits itself to 0.5 % of a core by sampling more rarely, and reports what it took;
 an edge without a device took 0.02 ms (2-core x86 virtual machine, Python 3.11). Memory does not
 grow with the run. Energy is the card's own counter where it has one, else power over time.
 """
@@ -36,7 +36,7 @@ from memrt.profiling.nvml import DeviceAddress, address_of_torch_device
 __all__ = ["Monitor", "MonitorReport"]
 
 _NVML_INTERVAL_SECONDS = 0.02
-_RSS_INTERVAL_SECONDS = 0.1
+_RSS_INTERVAL_SECONDS = 0.25
 _SENSOR_INTERVAL_SECONDS = 0.1
 
 

@@ -7,8 +7,12 @@ since the last reading, the peak in between is the mark, to the page.
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+from contextlib import suppress
 from time import perf_counter, process_time
+from typing import Any, BinaryIO
 
 import psutil
 
@@ -16,6 +20,8 @@ from memrt.profiling.nvml import DeviceAddress, DeviceReading, Nvml, NvmlDevice,
 
 __all__ = ["DeviceProbe", "HostProbe", "PowerIntegral", "values_of"]
 
+_STATUS = re.compile(rb"^VmHWM:\s+(?P<mark>\d+) kB\nVmRSS:\s+(?P<rss>\d+) kB$", re.MULTILINE)
+_STATUS_BYTES = 4096
 _SENSORS = (
     "process_used_bytes",
     "utilization_percent",
@@ -28,15 +34,14 @@ class HostProbe:
     """RSS and processor use of this process."""
 
     def __init__(self) -> None:
-        self._process = psutil.Process()
-        self._high_water = _high_water_bytes()
+        self._memory = _HostMemory()
+        self._high_water = self._memory.read()[1]
         self._cpu_before = process_time()
         self._wall_before = perf_counter()
 
     def rss_and_peak(self) -> tuple[int, int]:
         """RSS now, and the largest it was since the last call as far as can be known."""
-        rss = int(self._process.memory_info().rss)
-        high_water = _high_water_bytes()
+        rss, high_water = self._memory.read()
         peak = max(rss, high_water) if high_water > self._high_water else rss
         self._high_water = high_water
         return rss, peak
@@ -49,6 +54,10 @@ class HostProbe:
         if percent is not None:
             self._cpu_before, self._wall_before = cpu, wall
         return percent
+
+    def close(self) -> None:
+        """Nothing can be read afterwards."""
+        self._memory.close()
 
 
 class DeviceProbe:
@@ -137,22 +146,38 @@ class PowerIntegral:
         self._seconds, self._watts = seconds, watts
 
 
-def _high_water_bytes() -> int:
-    """The largest RSS this process ever had, as the operating system keeps it.
+class _HostMemory:
+    """RSS and the largest RSS that this process ever had, as the operating system keeps them.
 
-    Linux keeps two: VmHWM is this program's own, and getrusage's begins with what the process that
-    started it had, so that a small program under a large one never passes it.
+    Linux keeps two marks: VmHWM is this program's own, and getrusage's begins with what the process
+    that started it had, so that a small program under a large one never passes it. One file holds
+    RSS and VmHWM; it is kept open, for a sample must not slow down what it watches.
     """
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    try:
-        with open("/proc/self/status", "rb") as file:
-            for line in file:
-                if line.startswith(b"VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # another system, or a container without /proc
-    import resource
 
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self._status: BinaryIO | None = None
+        if sys.platform == "linux":
+            with suppress(OSError):  # a container without /proc
+                self._status = open("/proc/self/status", "rb", buffering=0)  # noqa: SIM115
+
+    def read(self) -> tuple[int, int]:
+        """RSS and its high-water mark, in bytes."""
+        if self._status is not None:
+            found = _STATUS.search(os.pread(self._status.fileno(), _STATUS_BYTES, 0))
+            if found is not None:
+                return int(found["rss"]) * 1024, int(found["mark"]) * 1024
+        memory = self._process.memory_info()
+        return int(memory.rss), self._mark(memory)
+
+    def close(self) -> None:
+        if self._status is not None:
+            self._status.close()
+
+    def _mark(self, memory: Any) -> int:
+        if sys.platform == "win32":
+            return int(memory.peak_wset)
+        import resource
+
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return largest if sys.platform == "darwin" else largest * 1024

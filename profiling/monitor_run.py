@@ -34,7 +34,7 @@ _DEVICE_COLUMNS = (
 )
 _DEVICE_BYTES = _DEVICE_COLUMNS[:2]
 
-_LARGEST_CPU_SHARE = 0.01
+_LARGEST_CPU_SHARE = 0.005
 _LONGEST_PAUSE_SECONDS = 2.0
 _JOIN_SECONDS = 10.0
 
@@ -97,6 +97,7 @@ class MonitoredRun:
         report = self.report()
         if ended:
             self._device.close()
+            self._host.close()
         return report
 
     def begin_phase(self, name: str) -> None:

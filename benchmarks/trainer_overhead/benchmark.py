@@ -5,13 +5,13 @@ monitor (`memrt.profiling.monitor`) watches, and after `memory_report=True` has 
 three steps and left.
 
 How it is measured: a small Llama is trained from the same weights on the same random ids by each
-Trainer in turn, A B C D E, B C D E A, and so on, so that a machine that gets slower slows all of
-them. A step lasts from the end of the one before to its own end, and is taken in processor time of
-all threads of the process (the monitor's too), with torch on one thread, whose waiting would
-otherwise be counted as work: wall time, which is recorded beside it, is the machine's as much as
-ours. For each round, the median step of a variant is divided by that of transformers' Trainer; the
-ratio is the median over the rounds. A second run of transformers' Trainer is one of the variants:
-its ratio is the noise of the machine.
+Trainer, in processes that take turns, a step each (`turns`), so that a machine that gets slower
+slows all of them. A step lasts from the end of the one before to its own end, less the waiting, and
+is taken in processor time of all threads of its process (the monitor's too), with torch on one
+thread, whose waiting would otherwise be counted as work: wall time, which is recorded beside it, is
+the machine's as much as ours. For each round of steps, a variant's is divided by that of
+transformers' Trainer; the ratio is the median over the rounds. A second run of transformers'
+Trainer is one of the variants: its ratio is the noise of the machine.
 
 Goal: at most 1 % slower. Whether it is met is judged by the interval of a notched box plot around
 the median, 1.57 × interquartile range / √rounds (McGill, Tukey and Larsen 1978): where it reaches
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import sqrt
-from statistics import median
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ import torch
 import memrt
 from benchmarks.record import spread
 from benchmarks.shapes import llama_config
+from benchmarks.trainer_overhead.turns import Wait, train_in_turns
 from benchmarks.trainer_steps import VARIANTS, TrainerRun, random_examples, train
 
 __all__ = ["CLAIM", "DEFAULTS", "GOAL", "TINY", "run"]
@@ -46,9 +46,8 @@ DEFAULTS: dict[str, Any] = {
     "size": "0.004B",
     "batch_size": 2,
     "sequence_length": 256,
-    "steps": 14,
-    "warm_up": 4,
-    "repetitions": 16,
+    "steps": 300,
+    "warm_up": 5,
     "seed": 0,
 }
 TINY: dict[str, Any] = {
@@ -56,11 +55,12 @@ TINY: dict[str, Any] = {
     "batch_size": 2,
     "sequence_length": 16,
     "steps": 6,
-    "repetitions": 2,
+    "warm_up": 3,
 }
 
 
-def _train_once(label: str, options: Mapping[str, Any]) -> TrainerRun:
+def _train_once(label: str, options: Mapping[str, Any], wait: Wait) -> TrainerRun:
+    torch.set_num_threads(1)
     config = llama_config(options["size"])
     examples = random_examples(
         config.vocab_size,
@@ -76,65 +76,51 @@ def _train_once(label: str, options: Mapping[str, Any]) -> TrainerRun:
         batch_size=options["batch_size"],
         steps=options["steps"],
         warm_up=options["warm_up"],
+        wait=wait,
     )
 
 
 def run(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Rounds of every variant, in rotating order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _judged(_rounds(options))
-    finally:
-        torch.set_num_threads(threads)
+    """One run of every variant, in turns; a repetition is one step of each."""
+    return _judged(train_in_turns(LABELS, _train_once, options))
 
 
-def _rounds(options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    repetitions: list[dict[str, Any]] = []
-    for index in range(options["repetitions"]):
-        turn = index % len(LABELS)
-        runs = {label: _train_once(label, options) for label in LABELS[turn:] + LABELS[:turn]}
-        repetitions.append(
-            {
-                label: {
-                    "step_seconds": run.step_seconds,
-                    "processor_seconds": run.processor_seconds,
-                    "training_loss": run.training_loss,
-                }
-                for label, run in runs.items()
-            }
-        )
-    return repetitions
-
-
-def _judged(repetitions: list[dict[str, Any]]) -> dict[str, Any]:
-    walls, middles = (
-        [{label: median(found[label][clock]) for label in LABELS} for found in repetitions]
+def _judged(runs: Mapping[str, TrainerRun]) -> dict[str, Any]:
+    walls, costs = (
+        {label: getattr(run, clock) for label, run in runs.items()}
         for clock in ("step_seconds", "processor_seconds")
     )
+    baseline = costs[BASELINE]
     ratios = {
-        label: spread([found[label] / found[BASELINE] for found in middles])
-        for label in LABELS
+        label: spread([ours / theirs for ours, theirs in zip(cost, baseline, strict=True)])
+        for label, cost in costs.items()
         if label != BASELINE
     }
-    losses = {found[label]["training_loss"] for found in repetitions for label in LABELS}
+    losses_equal = len({run.training_loss for run in runs.values()}) == 1
     slowest = max(
         (label for label in ratios if label != CONTROL), key=lambda x: ratios[x]["median"]
     )
     noise = abs(ratios[CONTROL]["median"] - 1)
     return {
-        "repetitions": repetitions,
+        "repetitions": [
+            {
+                label: {"step_seconds": walls[label][index], "processor_seconds": cost[index]}
+                for label, cost in costs.items()
+            }
+            for index in range(len(baseline))
+        ],
         "summary": {
-            "step_seconds": {label: spread([m[label] for m in walls]) for label in LABELS},
-            "processor_seconds": {label: spread([m[label] for m in middles]) for label in LABELS},
+            "step_seconds": {label: spread(values) for label, values in walls.items()},
+            "processor_seconds": {label: spread(values) for label, values in costs.items()},
             "ratio": ratios,
-            "losses_equal": len(losses) == 1,
+            "training_loss": {label: run.training_loss for label, run in runs.items()},
+            "losses_equal": losses_equal,
         },
-        "met": _verdict(ratios) if len(losses) == 1 else False,
+        "met": _verdict(ratios) if losses_equal else False,
         "reason": f"{slowest}: {ratios[slowest]['median'] - 1:+.2%} a step, give or take "
         f"{_uncertainty(ratios[slowest]):.2%}; a second run of "
         f"transformers' Trainer: {noise:.2%} off itself"
-        + ("" if len(losses) == 1 else "; the losses differ, so that not the same was trained"),
+        + ("" if losses_equal else "; the losses differ, so that not the same was trained"),
     }
 
 
