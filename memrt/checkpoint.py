@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from glob import escape
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,9 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+from torch.utils.serialization import config as serialization
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from memrt.adapters import has_adapter_files, load_adapters
+from memrt.checkpoint_loading import has_weight_files, load_weights
 from memrt.errors import CheckpointWriteError
 from memrt.registry import from_json
 from memrt.session import STATE_VERSION
@@ -56,6 +60,9 @@ __all__ = [
 STATE_NAME = "memrt_state.pt"
 SETTINGS_NAME = "memrt_state.json"
 TRAINER_STATE_NAME = "trainer_state.json"
+
+MAX_SHARD_BYTES = 5 * 10**9
+"""Of a file of weights."""
 
 # Neither matches transformers' `^checkpoint-(\d+)$`, and the leading underscore is in the list of
 # names that its Trainer never uploads.
@@ -224,12 +231,18 @@ def check_state(folder: Path, strategies: Sequence[Strategy]) -> None:
             )
 
 
-def load_state(folder: Path, strategies: Sequence[Strategy]) -> dict[str, Any]:
-    """The strategies' state of a checkpoint, checked against the strategies of this run."""
+def load_state(
+    folder: Path, strategies: Sequence[Strategy], *, mapped: bool = False
+) -> dict[str, Any]:
+    """The strategies' state of a checkpoint, checked against the strategies of this run.
+
+    `mapped`: its tensors lie in the file until they are copied, as a device does; on a CPU, where
+    they are used as they are, they would keep the file open.
+    """
     check_state(folder, strategies)
     path = folder / STATE_NAME
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; resume from another checkpoint") from None
     except (OSError, EOFError, RuntimeError, UnpicklingError, ValueError, KeyError) as error:
@@ -238,6 +251,23 @@ def load_state(folder: Path, strategies: Sequence[Strategy]) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------- under transformers' Trainer
+
+
+@contextmanager
+def _bounded_shards(model: nn.Module) -> Iterator[None]:
+    """While entered, `model.save_pretrained` writes files of at most `MAX_SHARD_BYTES`.
+
+    transformers' own bound is 50 GB, which for most models is all of it, and what it writes from a
+    device it copies to the host first. The Trainer has no argument for it.
+    """
+    if not isinstance(model, PreTrainedModel) or "save_pretrained" in vars(model):
+        yield
+        return
+    model.save_pretrained = partial(model.save_pretrained, max_shard_size=MAX_SHARD_BYTES)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
 
 
 class CheckpointMixin(_Trainer):  # type: ignore[misc]
@@ -296,6 +326,15 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
         if self._staging is None:  # otherwise it is pushed later, under its final name
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' `_save`, in shards: a shard of a device's weights lies on the host."""
+        with _bounded_shards(self._bare_model()):
+            super()._save(*args, **kwargs)
+
+    def _bare_model(self) -> nn.Module:
+        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        return model
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._strategies and self.args.should_save:
@@ -306,9 +345,12 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
         """Weights; refused before they are read when other strategies wrote the checkpoint."""
         folder = Path(resume_from_checkpoint)
         check_state(folder, self._strategies)
-        self._resuming = load_state(folder, self._strategies) if self._strategies else None
+        if self._strategies:
+            self._resuming = load_state(folder, self._strategies, mapped=self._has_device)
         if self._has_own_adapters(folder):
             load_adapters(self.model, folder)
+        elif self._streams_weights(folder) and not (args or kwargs):
+            load_weights(self.model, folder)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         self._last_checkpoint = resume_from_checkpoint
@@ -317,8 +359,16 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
         best = self.state.best_model_checkpoint
         if best is not None and self._has_own_adapters(Path(best)):
             load_adapters(self.model, Path(best))
+        elif best is not None and self._streams_weights(Path(best)):
+            load_weights(self.model, Path(best))
         else:
             super()._load_best_model()
+
+    def _streams_weights(self, folder: Path) -> bool:
+        """Whether a whole model lies in safetensors and this process has the whole model."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        adapted = hasattr(self.model, "peft_config")  # transformers knows where its adapters lie
+        return has_weight_files(folder) and not sharded and not adapted
 
     def _has_own_adapters(self, folder: Path) -> bool:
         """Adapters that a strategy put into the model; transformers loads those of PeftModel."""
@@ -328,7 +378,16 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
         """The strategies' state first: it decides which parameters have optimizer state."""
         if checkpoint is not None and self._strategies:
             assert self.session is not None
-            state = self._resuming or load_state(Path(checkpoint), self._strategies)
+            state = self._resuming or load_state(
+                Path(checkpoint), self._strategies, mapped=self._has_device
+            )
             self._resuming = None
             self.session.load_strategy_state(state)
-        super()._load_optimizer_and_scheduler(checkpoint)
+            del state
+        with serialization.patch("load.mmap", self._has_device):  # type: ignore[attr-defined]
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @property
+    def _has_device(self) -> bool:
+        """Whether state is copied from the host to a device."""
+        return bool(self.args.device.type != "cpu")

@@ -4,8 +4,9 @@ In training with labels the model's own forward runs, and two things in it are i
 keeps the input (whatever the family does before the head has then happened) and returns a stand-in
 for the logits, of one token at the first call and of none later. Its loss function is given the
 labels, the divisor and what the model made of the stand-in, and asks the strategy for the loss. The
-model's forward goes on with that: a router loss is added, hidden states are returned. Otherwise
-the model is as ever, so evaluation, prediction and generation see logits.
+model's forward goes on with that: a router loss is added, hidden states are returned. An
+evaluation whose logits nobody looks at (`loss_only`) goes the same way. Otherwise the model is as
+ever, so that metrics, prediction and generation see logits.
 
 What a family does to its logits after the head is a row of `structure.FAMILIES` (a factor, a soft
 cap). It is held against what the model made of the first stand-in, so that a family without its row
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from memrt.strategy import Attachment
     from memrt.structure import Facts, Family
 
-__all__ = ["LogitTransform", "check_head", "install_head", "logit_transform"]
+__all__ = ["HeadDoor", "LogitTransform", "check_head", "install_head", "logit_transform"]
 
 _MASKED = "ForMaskedLM"
 _CAUSAL = ("ForCausalLM", "ForConditionalGeneration", None)  # None: transformers' default
@@ -123,11 +124,13 @@ def _calls_loss_function(model: nn.Module) -> bool:
     return "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
 
 
-class _Interception:
+class HeadDoor:
     """One forward's passage through head and loss, while it is entered as a context."""
 
     def __init__(self, owner: Attachment, transform: LogitTransform, *, masked: bool) -> None:
         self.active = False
+        self.loss_only = False
+        """Whether an evaluation needs the loss alone, as training does."""
         self._owner = owner
         self._transform = transform
         self._masked = masked
@@ -136,7 +139,7 @@ class _Interception:
         self._stand_in: Tensor | None = None
         self._loss: Tensor | None = None
 
-    def __enter__(self) -> _Interception:
+    def __enter__(self) -> HeadDoor:
         self.active = True
         return self
 
@@ -220,13 +223,13 @@ def _is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-def install_head(run: Session, owner: Attachment) -> None:
+def install_head(run: Session, owner: Attachment) -> HeadDoor:
     """Recast model and head so that training with labels goes through `owner.loss`."""
     head_name = run.facts.structure.head
     assert head_name is not None
     name = _language_model(run.facts)
     model, head = run.model.get_submodule(name), run.model.get_submodule(head_name)
-    passage = _Interception(
+    passage = HeadDoor(
         owner,
         logit_transform(run.facts),
         masked=getattr(model, "loss_type", None) == _MASKED
@@ -236,9 +239,10 @@ def install_head(run: Session, owner: Attachment) -> None:
     own_loss = not _calls_loss_function(model)
     mixin = _intercepting_model(type(model), passage, own_loss=own_loss)
     run.recast(name, subclass_of(type(model), mixin))
+    return passage
 
 
-def _intercepting_head(kind: type[nn.Module], passage: _Interception) -> type:
+def _intercepting_head(kind: type[nn.Module], passage: HeadDoor) -> type:
     plain = kind.forward
 
     class Head:
@@ -254,7 +258,7 @@ def _intercepting_head(kind: type[nn.Module], passage: _Interception) -> type:
     return Head
 
 
-def _intercepting_model(kind: type[nn.Module], passage: _Interception, *, own_loss: bool) -> type:
+def _intercepting_model(kind: type[nn.Module], passage: HeadDoor, *, own_loss: bool) -> type:
     plain: Callable[..., Any] = kind.forward
     signature = inspect.signature(plain)
 
@@ -269,7 +273,7 @@ def _intercepting_model(kind: type[nn.Module], passage: _Interception, *, own_lo
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             call = signature.bind(self, *args, **kwargs)
             labels = call.arguments.get("labels")
-            if labels is None or not self.training:
+            if labels is None or not (self.training or passage.loss_only):
                 return plain(self, *args, **kwargs)
             with passage:
                 if not own_loss:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
-    from torch import nn
 
 __all__ = ["NUM_STEPS", "MemoryReport", "ReportMixin", "losses_of"]
 
@@ -174,7 +173,6 @@ def losses_of(history: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 class ReportMixin(CheckpointMixin):
     """Tells a memory report what a Trainer is doing."""
 
-    model: nn.Module
     _report: MemoryReport | None = None
     _report_is_due = False
 
@@ -227,7 +225,3 @@ class ReportMixin(CheckpointMixin):
             accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=self.accelerator.mixed_precision,
         )
-
-    def _bare_model(self) -> nn.Module:
-        model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        return model

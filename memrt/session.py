@@ -78,8 +78,7 @@ class Session:
                     self.attachments.append(strategy.attach(self))
             self._backward_owner = self._owner_of(Slot.BACKWARD)
             head_owner = self._owner_of(Slot.HEAD)
-            if head_owner is not None:
-                install_head(self, head_owner)
+            self._head = None if head_owner is None else install_head(self, head_owner)
         except BaseException:
             self.detach()
             raise
@@ -262,6 +261,18 @@ class Session:
                 attachment.after_step(self.step_index)
             self.model.zero_grad(set_to_none=True)
             self._in_step = False
+
+    @contextmanager
+    def loss_only(self) -> Iterator[None]:
+        """Around an evaluation that looks at the loss alone: who owns the head makes no logits."""
+        if self._head is None:
+            yield
+            return
+        self._head.loss_only = True
+        try:
+            yield
+        finally:
+            self._head.loss_only = False
 
     # ---------------------------------------------------------------- gradients
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from memrt import registry
 from memrt.checkpoint import recover
 from memrt.errors import ConflictError, NonFiniteLossError
+from memrt.evaluation import EvaluationMixin
 from memrt.memory_report import MemoryReport, ReportMixin
 from memrt.session import Session
 from memrt.structure import RunSettings
@@ -54,13 +55,14 @@ class _Steps(transformers.TrainerCallback):  # type: ignore[misc]
         self._trainer._end_step()
 
 
-class MemoryMixin(ReportMixin):
+class MemoryMixin(EvaluationMixin, ReportMixin):
     """Put it before a Trainer class: `class T(MemoryMixin, SomeTrainer)`.
 
     Takes `strategies` (names such as `"lisa(layers=2)"`, JSON, or Strategy objects) unless the
     arguments have them, and `probe_dataset`, the held-out data that some strategies look at.
     """
 
+    args: Any
     optimizer: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
