@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,19 +183,37 @@ class ReportMixin(CheckpointMixin):
         with self._report.forward():
             return super().compute_loss(*args, **kwargs)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `train`, watched from where it resumes on."""
+        report = self._report
+        if report is None:
+            return super().train(*args, **kwargs)
+        report.begin_training()
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException:
+            report.close()  # where there was no step, nobody else does
+            raise
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._phase("resume"):
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._phase("resume") if checkpoint else nullcontext():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `evaluate`, a phase of the report."""
-        if self._report is None:
-            return super().evaluate(*args, **kwargs)
-        with self._report.phase("evaluate"):
+        with self._phase("evaluate"):
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        if self._report is None:
+        with self._phase("save"):
             super()._save_checkpoint(*args, **kwargs)
-            return
-        with self._report.phase("save"):
-            super()._save_checkpoint(*args, **kwargs)
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._report is None else self._report.phase(name)
 
     def _end_report(self) -> None:
         """However training ended: a report of another attempt has nothing to begin with."""

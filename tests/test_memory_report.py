@@ -86,6 +86,28 @@ def test_the_monitor_watches_the_steps_after_the_counted_ones(tmp_path: Path) ->
     assert not [t for t in threading.enumerate() if t.name == "memrt-monitor"]
 
 
+def test_resuming_is_a_phase_of_the_report(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+    run(tmp_path, **options)
+    run(
+        tmp_path / "again",
+        resume=str(tmp_path / "checkpoint-3"),
+        memory_report=True,
+        **options,
+    )
+    report = json.loads((tmp_path / "again/memrt/report.json").read_text())
+    resumed = report["monitor"]["phases"]["resume"]
+    assert resumed["num_times"] == 2  # weights, then the optimizer's state
+    assert resumed["rss_peak_bytes"] > 2**20
+    assert report["num_counted_steps"] == 3
+
+
+def test_a_run_that_cannot_resume_leaves_no_thread(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
+        run(tmp_path, resume=str(tmp_path), memory_report=True)
+    assert not [t for t in threading.enumerate() if t.name == "memrt-monitor"]
+
+
 def test_the_report_is_there_while_the_run_goes_on(tmp_path: Path) -> None:
     found: list[int] = []
 
