@@ -1,18 +1,23 @@
 """`TrainingArguments`: transformers' arguments plus which memory strategies a run uses.
 
 They go through `HfArgumentParser`: on the command line `--strategies "lisa(layers=2)" int8_states`,
-in YAML a list of strings or of mappings (`- lisa: {layers: 2}`).
+in YAML a list of strings or of mappings (`- lisa: {layers: 2}`). An `optim` that means a strategy
+(`galore_adamw` with its `optim_args`) becomes it (`memrt.translation`).
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 
 from memrt import registry
+from memrt.translation import TORCH_ADAMW, from_optim, join, tell_optim
+
+if TYPE_CHECKING:
+    from memrt.strategy import Strategy
 
 __all__ = ["TrainingArguments"]
 
@@ -66,12 +71,30 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         for name in ("memory_report", "stop_on_nonfinite", "stochastic_rounding"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
-        if not self.stochastic_rounding and not specs:
+        parsed = registry.parse_all([_decoded(spec) for spec in specs])
+        parsed = self._with_optim(parsed)
+        if not self.stochastic_rounding and not parsed:
             raise ValueError(
                 "stochastic_rounding=False has no effect without strategies: torch's AdamW rounds "
                 "to the nearest; leave it out"
             )
-        parsed = registry.parse_all([_decoded(spec) for spec in specs])
         # strings, so that the arguments go to JSON, to a logger and through dataclasses.replace
         self.strategies = [str(strategy) for strategy in parsed]
         super().__post_init__()
+
+    def _with_optim(self, listed: list[Strategy]) -> list[Strategy]:
+        """The strategies that `optim` names too, such as galore_adamw; it is torch's AdamW then."""
+        own: Any = self  # mypy does not see the fields of transformers
+        found = from_optim(
+            own.optim,
+            own.optim_args,
+            own.optim_target_modules,
+            max_grad_norm=own.max_grad_norm,
+        )
+        if not found:
+            return listed
+        name = str(getattr(own.optim, "value", own.optim))
+        joined = registry.parse_all(join(listed, found, subject=f"optim={name!r}"))
+        tell_optim(name, found)
+        own.optim, own.optim_args, own.optim_target_modules = TORCH_ADAMW, None, None
+        return joined

@@ -7,6 +7,7 @@ part, refusals, staggering, state and checkpoints are here.
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TARGETS", "ProjectedAttachment", "ProjectedStrategy", "is_conv1d"]
 
-TARGETS = ("all", "attention", "mlp")
+ALL_LINEAR = "all-linear"
+TARGETS = ("all", "attention", "mlp", ALL_LINEAR)
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,8 @@ class ProjectedStrategy(Strategy):
     rank: of the space. A weight whose smaller side is not above it keeps plain AdamW.
     every: optimizer steps between two changes of a weight's projection.
     scale: factor on the projected update.
-    targets: linear weights of the repeated layers: "all", "attention" or "mlp".
+    targets: linear weights of the repeated layers: "all", "attention" or "mlp"; "all-linear": those
+        of the head too; or a list of parts of names and of regular expressions for whole names.
     """
 
     phase: ClassVar[Phase] = Phase.UPDATE
@@ -44,7 +47,7 @@ class ProjectedStrategy(Strategy):
     rank: int = 128
     every: int = 200
     scale: float = 0.25
-    targets: str = "all"
+    targets: str | tuple[str, ...] = "all"
 
     def __post_init__(self) -> None:
         for option in ("rank", "every"):
@@ -53,16 +56,30 @@ class ProjectedStrategy(Strategy):
                 raise ValueError(f"{option}={value!r}: must be a whole number, 1 or more")
         if not isinstance(self.scale, (int, float)) or not self.scale > 0:
             raise ValueError(f"scale={self.scale!r}: must be a number above 0")
-        if self.targets not in TARGETS:
-            raise ValueError(f"targets={self.targets!r}: use one of {', '.join(TARGETS)}")
+        object.__setattr__(self, "targets", _checked_targets(self.targets))
+
+    @property
+    def uniform_layers(self) -> bool:
+        """An expression may tell one layer from another."""
+        names = () if isinstance(self.targets, str) else self.targets
+        return all(re.fullmatch(r"[a-zA-Z_]+", name) for name in names)
 
     def check(self, facts: Facts) -> None:
         """Needs AdamW and linear weights in repeated layers."""
         require_adamw(facts)
-        if not self.candidates(facts):
+        found = [name.removesuffix(".weight") for name in self.candidates(facts)]
+        kind = type(facts.model).__name__
+        if not isinstance(self.targets, str):
+            for target in self.targets:
+                if not any(_names(target, name) for name in found):
+                    raise ValueError(
+                        f"targets: {target!r} matches no trainable linear weight of {kind}; give "
+                        "a part of a module's name, or an expression for the whole name"
+                    )
+        elif not found:
             raise ValueError(
                 f"targets={self.targets!r} matches no trainable linear weight in the layers of "
-                f"{type(facts.model).__name__}; use targets='all' or another strategy"
+                f"{kind}; use targets='all' or another strategy"
             )
 
     def serves(self, module: nn.Module) -> bool:
@@ -76,17 +93,24 @@ class ProjectedStrategy(Strategy):
             if not (isinstance(module, nn.Linear) or is_conv1d(module)) or not self.serves(module):
                 continue
             weight_name, weight = f"{name}.weight", module.weight
-            attention = facts.structure.is_attention(name)
-            wanted = self.targets == "all" or attention == (self.targets == "attention")
             if (
-                wanted
-                and facts.structure.layer_of(name) is not None
+                self._wants(name, facts)
                 and isinstance(weight, nn.Parameter)
                 and weight.requires_grad
                 and weight_name not in facts.structure.tied
             ):
                 found[weight_name] = weight
         return found
+
+    def _wants(self, module: str, facts: Facts) -> bool:
+        if not isinstance(self.targets, str):
+            return any(_names(target, module) for target in self.targets)
+        if self.targets == ALL_LINEAR:
+            return True
+        if facts.structure.layer_of(module) is None:
+            return False
+        attention = facts.structure.is_attention(module)
+        return self.targets == "all" or attention == (self.targets == "attention")
 
     def projected(self, facts: Facts) -> list[str]:
         """Names of the weights that are projected; the others are below the rank."""
@@ -117,6 +141,29 @@ class ProjectedStrategy(Strategy):
     def attach(self, run: Session) -> Attachment:
         """Make the projections; the model is left as it is."""
         return ProjectedAttachment(self, run)
+
+
+def _checked_targets(targets: Any) -> str | tuple[str, ...]:
+    if isinstance(targets, str):
+        if targets not in TARGETS:
+            raise ValueError(
+                f"targets={targets!r}: use one of {', '.join(TARGETS)}, or a list of names"
+            )
+        return targets
+    names = tuple(targets) if isinstance(targets, (list, tuple)) else ()
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"targets={targets!r}: must be a name, or a list such as ['q_proj']")
+    for name in names:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ValueError(f"targets: {name!r} is no regular expression ({error})") from None
+    return names
+
+
+def _names(target: str, module: str) -> bool:
+    """As transformers' `optim_target_modules`: a part of the name, or all of it matches."""
+    return target in module or re.fullmatch(target, module) is not None
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import logging
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
@@ -10,10 +11,11 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from memrt.errors import nearest, unknown_name
+from memrt.spellings import PREFIXES, REFUSED_KEYS, options_of, own_options
 from memrt.strategy import Strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
     "ENTRY_POINT_GROUP",
@@ -24,6 +26,8 @@ __all__ = [
     "register",
     "strategy_class",
 ]
+
+logger = logging.getLogger(__name__)
 
 ENTRY_POINT_GROUP = "memrt.strategies"
 
@@ -94,6 +98,7 @@ def strategy_class(name: str) -> type[Strategy]:
 def _build(name: str, options: Mapping[str, Any]) -> Strategy:
     cls = strategy_class(name)
     known = [f.name for f in fields(cls)]
+    options = _under_own_names(name, options, known)
     for option in options:
         if option not in known:
             raise ValueError(
@@ -101,6 +106,23 @@ def _build(name: str, options: Mapping[str, Any]) -> Strategy:
                 f"(options: {', '.join(known) or 'none'})"
             )
     return cls(**options)
+
+
+def _under_own_names(
+    name: str, options: Mapping[str, Any], known: Sequence[str]
+) -> Mapping[str, Any]:
+    """Options under memrt's names, with a warning where they had another project's."""
+    prefix = PREFIXES.get(name)
+    if prefix is None or all(option in known for option in options):
+        return options
+    for option in options:
+        if option not in known and f"{prefix}{option}" in REFUSED_KEYS:
+            raise ValueError(f"{name}({option}=...): {REFUSED_KEYS[f'{prefix}{option}']}")
+    found = own_options(options, options_of(name), known=known, subject=name)
+    others = [option for option in options if option not in found]
+    if others:
+        logger.warning("%s: %s: memrt's names are %s", name, ", ".join(others), found)
+    return found
 
 
 def _call(text: str) -> ast.Call | ast.Name:

@@ -24,6 +24,7 @@ from memrt.evaluation import EvaluationMixin
 from memrt.memory_report import MemoryReport, ReportMixin
 from memrt.session import Session
 from memrt.structure import RunSettings
+from memrt.translation import join, with_own_optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -86,7 +87,10 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
                 f"strategies={list(strategies)!r} were given to the Trainer and "
                 f"{in_arguments!r} in its arguments; give them in one place"
             )
-        self._strategies = registry.parse_all(strategies or in_arguments)
+        self.args, named = with_own_optimizer(self.args)
+        self._strategies = registry.parse_all(
+            join(registry.parse_all(strategies or in_arguments), named, subject="args.optim")
+        )
         if probe_dataset is not None and not self._strategies:
             raise ValueError("probe_dataset is what strategies look at, and there is none")
         self._probe_dataset = probe_dataset

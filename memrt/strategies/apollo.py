@@ -42,7 +42,8 @@ class Apollo(ProjectedStrategy):
         whose smaller side is not above it keeps plain AdamW.
     every: optimizer steps between two draws of a weight's sketch, staggered over the weights.
     scale: its root multiplies the update; m / rank gives AdamW's size.
-    targets: linear weights of the repeated layers: "all", "attention" or "mlp".
+    targets: linear weights of the repeated layers: "all", "attention" or "mlp"; "all-linear": those
+        of the head too; or a list of parts of names and of regular expressions for whole names.
     granularity: one factor a "channel", or one for the whole "tensor".
     growth: the most that the norm of an update may grow in a step; None for no limit.
     seed: of the sketches.

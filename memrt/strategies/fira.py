@@ -41,7 +41,8 @@ class Fira(ProjectedStrategy):
     scale: factor on the step inside the subspace (the paper's alpha).
     residual_scale: factor on the step outside of it; 1 in the authors' code, whatever alpha.
     growth: the most that the norm outside may grow in a step; None for no limit.
-    targets: linear weights of the repeated layers: "all", "attention" or "mlp".
+    targets: linear weights of the repeated layers: "all", "attention" or "mlp"; "all-linear": those
+        of the head too; or a list of parts of names and of regular expressions for whole names.
     """
 
     name: ClassVar[str] = "fira"

@@ -60,7 +60,8 @@ class Galore(ProjectedStrategy):
     rank: of the subspace. A weight whose smaller side is not above it keeps plain AdamW.
     every: optimizer steps between two refreshes of a weight's basis.
     scale: factor on the projected update (the paper's alpha).
-    targets: linear weights of the repeated layers: "all", "attention" or "mlp".
+    targets: linear weights of the repeated layers: "all", "attention" or "mlp"; "all-linear": those
+        of the head too; or a list of parts of names and of regular expressions for whole names.
     form: "gradient_free" (dW is never formed) or "plain" (it is, and P is its exact SVD).
     norm: of the gradient-free form: what clipping and the log use for projected weights:
         "projected" (the norm of R, at most the true one) or "exact" (the true norm; one micro-batch
