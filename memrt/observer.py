@@ -38,6 +38,11 @@ class Observer:
         """Storages born inside lie in `place`."""
         return nullcontext() if self.ledger is None else self.ledger.placing(place)
 
+    def count_move(self, tensor: Tensor, place: Place) -> None:
+        """A copy of `tensor` is about to be made in `place`."""
+        if self.ledger is not None:
+            self.ledger.count_move(tensor, place)
+
     def phase(self, name: str, *, step: int) -> AbstractContextManager[None]:
         """Storages born inside are of this phase and optimizer step."""
         return nullcontext() if self.ledger is None else self.ledger.phase(name, step=step)

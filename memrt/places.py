@@ -42,6 +42,7 @@ class Mover:
         for temporary files (TMPDIR), which have no name and go with the tensor.
         """
         target = place_named(place)
+        self._observer.count_move(tensor, target)
         with self._observer.placing(target), torch.no_grad():
             if target is Place.DISK:
                 return self._to_disk(tensor)

@@ -31,6 +31,7 @@ from memrt.profiling.fake import (
     real_integers,
     real_tensors,
 )
+from memrt.profiling.flops import FlopCounter
 from memrt.profiling.ledger import Ledger
 from memrt.profiling.report import SCHEMA, conditions
 from memrt.runner import Batch, model_loss, start, train_step
@@ -109,6 +110,7 @@ class Plan:
             "schema": SCHEMA,
             "kind": "plan",
             **self.simulation.to_json(),
+            **self.simulation.work_json(),
             "tokens_per_second": None,
             "loss": None,
             "device_bytes": self.device_bytes,
@@ -181,6 +183,7 @@ def simulate(
             model = build()
         integers = stack.enter_context(real_integers(routing))
         stack.enter_context(ledger)
+        counter = stack.enter_context(FlopCounter(ledger.now))
         with fake_initialisers():  # a strategy may build layers of its own
             run = start(model, strategies, settings=settings, ledger=ledger, loss_of=loss_of)
         for _ in range(steps):
@@ -188,7 +191,14 @@ def simulate(
         structure = run.session.facts.structure
         ledger.close()
     key = segment(structure.layer_of, structure.layer_names)
-    return Simulation.of(ledger.timeline, key, routed=integers.routed)
+    return Simulation.of(
+        ledger.timeline,
+        key,
+        routed=integers.routed,
+        flops=counter.flops,
+        moved=dict(ledger.moved),
+        uncounted=frozenset(counter.uncounted),
+    )
 
 
 def _with_depth(config: Any, depth: int) -> Any:

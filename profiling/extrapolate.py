@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from memrt.profiling.accounts import Place
@@ -17,6 +17,9 @@ Segment = tuple[int, str, str]
 MIDDLE = "layer:middle"
 
 _ALLOCATION_BYTES = 512  # the CUDA caching allocator's rounding
+
+Work = Mapping[tuple[int, str], int]
+"""FLOPs or bytes by optimizer step and by phase or direction."""
 
 
 def segment(
@@ -45,6 +48,11 @@ def _rounded(record: Record) -> int:
     return -(-record.num_bytes // _ALLOCATION_BYTES) * _ALLOCATION_BYTES
 
 
+def _pinned(record: Record) -> int:
+    """Pinned blocks have sizes of powers of two (docs of torch.cuda.memory.host_memory_stats)."""
+    return 1 << (record.num_bytes - 1).bit_length() if record.num_bytes else 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
     """What one run under the ledger needs, reduced to its peaks."""
@@ -54,14 +62,20 @@ class Simulation:
     place_peaks: Mapping[str, int]
     account_maxima: Mapping[str, int]
     top_allocations: Sequence[Mapping[str, Any]]
+    pinned_peak_bytes: int = 0
+    """The host's peak with every storage rounded up as the pinned allocator does."""
     routed: bool = False
     """Whether a router picked experts, so that the bytes may depend on values."""
+    flops: Work = field(default_factory=dict)
+    """FLOPs by optimizer step and phase."""
+    moved: Work = field(default_factory=dict)
+    """Bytes moved by optimizer step and direction."""
+    uncounted: frozenset[str] = frozenset()
+    """Operators that multiply and whose FLOPs nobody could count."""
 
     @classmethod
-    def of(
-        cls, timeline: Timeline, key: Callable[[Region], Segment], *, routed: bool = False
-    ) -> Simulation:
-        """Reduce a timeline."""
+    def of(cls, timeline: Timeline, key: Callable[[Region], Segment], **work: Any) -> Simulation:
+        """Reduce a timeline. `work`: the fields that are not in it."""
         rounded: dict[Segment, int] = {}
         for _, live, region in timeline.live_bytes(size=_rounded):
             if region is not None:
@@ -78,7 +92,11 @@ class Simulation:
             },
             account_maxima=timeline.account_maxima(),
             top_allocations=timeline.top_allocations(timeline.peak().instant),
-            routed=routed,
+            pinned_peak_bytes=max(
+                (live for _, live, _ in timeline.live_bytes(place=Place.HOST, size=_pinned)),
+                default=0,
+            ),
+            **work,
         )
 
     @property
@@ -98,6 +116,24 @@ class Simulation:
             peaks[phase] = max(peaks.get(phase, 0), found.peak_bytes)
         return peaks
 
+    def of_step(self, work: Work, *, first: bool = False) -> dict[str, int]:
+        """The entries of one step: the last that was run (the steady state), or the first."""
+        steps = [step for step, _ in work if step >= 0]  # before the steps: loading
+        step = min(steps, default=0) if first else max(steps, default=0)
+        return {name: value for (at, name), value in work.items() if at == step}
+
+    def work_json(self) -> dict[str, Any]:
+        """What an optimizer step costs in arithmetic and transfers."""
+        flops, moved = self.of_step(self.flops), self.of_step(self.moved)
+        return {
+            "flops": sum(flops.values()),
+            "flops_by_phase": flops,
+            "first_step_flops": sum(self.of_step(self.flops, first=True).values()),
+            "uncounted_operators": sorted(self.uncounted),
+            "transfer_bytes": sum(moved.values()),
+            "transfers": moved,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """The report's memory part."""
         return {
@@ -105,6 +141,7 @@ class Simulation:
             "rounded_peak_bytes": self.rounded_peak_bytes,
             "phases": self.phases(),
             "place_peaks": dict(self.place_peaks),
+            "pinned_peak_bytes": self.pinned_peak_bytes,
             "account_maxima": dict(self.account_maxima),
             "top_allocations": [dict(item) for item in self.top_allocations],
         }
@@ -154,7 +191,9 @@ def _forward(low: Simulation, high: Simulation, steps: int) -> Simulation | None
         rounded[key] = _affine(low.rounded[key], high.rounded[key], steps)
     places = _affine_map(low.place_peaks, high.place_peaks, steps)
     maxima = _affine_map(low.account_maxima, high.account_maxima, steps)
-    if places is None or maxima is None:
+    flops = _affine_map(low.flops, high.flops, steps)
+    moved = _affine_map(low.moved, high.moved, steps)
+    if places is None or maxima is None or flops is None or moved is None:
         return None
     return Simulation(
         segments=segments,
@@ -162,7 +201,11 @@ def _forward(low: Simulation, high: Simulation, steps: int) -> Simulation | None
         place_peaks=places,
         account_maxima=maxima,
         top_allocations=high.top_allocations,
+        pinned_peak_bytes=_affine(low.pinned_peak_bytes, high.pinned_peak_bytes, steps),
         routed=high.routed,
+        flops=flops,
+        moved=moved,
+        uncounted=low.uncounted | high.uncounted,
     )
 
 
@@ -182,6 +225,9 @@ def _equal(one: Simulation, other: Simulation) -> bool:
         and one.peak.accounts == other.peak.accounts
         and one.place_peaks == other.place_peaks
         and one.account_maxima == other.account_maxima
+        and one.pinned_peak_bytes == other.pinned_peak_bytes
+        and one.flops == other.flops
+        and one.moved == other.moved
     )
 
 

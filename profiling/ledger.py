@@ -51,6 +51,14 @@ def register_workspace(operator: str, workspace_bytes: Callable[..., int]) -> No
     _WORKSPACE_BYTES[operator] = workspace_bytes
 
 
+def _num_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements; wrapper subclasses are flattened."""
+    if type(tensor) not in _PLAIN_TENSORS and is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_num_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
+
+
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
     """The storages that hold a tensor's bytes; wrapper subclasses are flattened."""
     if type(tensor) not in _PLAIN_TENSORS and is_traceable_wrapper_subclass(tensor):
@@ -86,6 +94,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.device_type = device_type
         self.timeline = Timeline()
+        self.moved: dict[tuple[int, str], int] = {}
+        """Bytes moved by optimizer step and direction, such as "device to host"."""
         self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], Record]] = {}
         self._phase = "load"
         self._step = -1
@@ -128,7 +138,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _see(self, tensor: Tensor, func: Any) -> None:
         for storage in storages_of(tensor):
-            if id(storage) not in self._live:
+            if id(storage) not in self._live and tensor.device.type != "meta":  # has no bytes
                 self._birth(storage, tensor, _operator_name(func))
 
     def _count_workspace(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -178,6 +188,14 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             live = self._live.get(id(storage))
             found.append(live[1] if live else self._birth(storage, tensor, "found"))
         return found
+
+    def count_move(self, tensor: Tensor, place: Place) -> None:
+        """A copy of `tensor` is made in `place`: bytes on the way, if it is another place."""
+        known = [self._live[id(s)] for s in storages_of(tensor) if id(s) in self._live]
+        source = known[0][1].place if known else self._place_of(tensor)
+        if source is not place:
+            key = (self._step, f"{source.value} to {place.value}")
+            self.moved[key] = self.moved.get(key, 0) + _num_bytes(tensor)
 
     # ---------------------------------------------------------------- accounts
 
@@ -238,6 +256,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.tag(value, Account.OPTIMIZER, owner="optimizer")
 
     # ---------------------------------------------------------------- where we are
+
+    def now(self) -> tuple[int, str]:
+        """Optimizer step and phase of what runs."""
+        return self._step, self._where()[0]
 
     @contextmanager
     def phase(self, name: str, *, step: int | None = None) -> Iterator[None]:

@@ -116,6 +116,8 @@ def test_extrapolated_layers_equal_the_full_run(stack: list[str]) -> None:
     assert quick.simulation.place_peaks == whole.simulation.place_peaks
     assert quick.simulation.account_maxima == whole.simulation.account_maxima
     assert quick.simulation.rounded_peak_bytes == whole.simulation.rounded_peak_bytes
+    assert quick.simulation.work_json() == whole.simulation.work_json()
+    assert quick.simulation.pinned_peak_bytes == whole.simulation.pinned_peak_bytes
 
 
 @pytest.mark.parametrize("spec", ["lisa", "activation_checkpoint(every=2)"])
