@@ -1,10 +1,10 @@
-"""Training data: the embedded text, ``.txt`` and ``.jsonl``, as ``datasets.Dataset``; batches.
+"""Training data: the embedded text, files and datasets of the Hub, as ``Dataset``; batches.
 
 An example is ``input_ids``, ``attention_mask`` and ``labels``, each ``[tokens]``; prompts and all
 chat turns but the assistant's carry the label -100. The steps have a module each:
-``data_settings`` (what is asked), ``data_files`` (reading, with line numbers in errors),
-``tokenization`` (ids and labels), ``packing`` (length); here they are put together. All that was
-cut, dropped or left over is counted in ``PreparedData.summary``.
+``data_settings`` (what is asked), ``data_files`` and ``data_records`` (reading, with line numbers
+in errors), ``tokenization`` (ids and labels), ``packing`` (length); here they are put together. All
+that was cut, dropped or left over is counted in ``PreparedData.summary``.
 
 Examples are held in host memory at 9 bytes a token (int32 ids and labels, int8 mask), about twice
 that while they are made; nothing is written to disk.
@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memrt.data_files import RecordFile, Row, TextStream, is_stream, require_file
+from memrt.data_files import TextStream, is_stream, require_file
+from memrt.data_records import RecordFile, Row
 from memrt.data_settings import DataSettings, check_integer
 from memrt.packing import (
     Source,
@@ -125,7 +126,7 @@ def _open(argument: str, path: str | None, settings: DataSettings) -> Source:
     if path is None or is_stream(path, argument):
         source = TextStream(path=path)
     else:
-        source = RecordFile.open(path, settings.named_columns())
+        source = RecordFile.open(path, settings)
     source.check()
     return source
 
@@ -134,7 +135,7 @@ def _refuse_settings_without_effect(settings: DataSettings, sources: Sequence[So
     if settings.truncation is not None and all(is_packed(s, settings) for s in sources):
         raise ValueError(
             f"truncation={settings.truncation!r} has no effect on packed data "
-            f"({sources[0].name}): leave it out, or give a .jsonl file and packing=False"
+            f"({sources[0].name}): leave it out, or give records and packing=False"
         )
     if settings.separator and all(s.kind != "prompt_completion" for s in sources):
         raise ValueError(
@@ -172,8 +173,8 @@ def _encode(
         for example in _encode_rows(source, batch, settings, tokenizer):
             if not example.is_trainable:
                 raise ValueError(
-                    f"{source.path}, line {example.line}: no token to train on is left after "
-                    "tokenisation"
+                    f"{source.path}, {source.place} {example.line}: no token to train on is left "
+                    "after tokenisation"
                 )
             yield example
 
@@ -194,7 +195,7 @@ def _encode_rows(
         from jinja2 import TemplateError
 
         for row in rows:
-            where = f"{source.path}, line {row.line}"
+            where = f"{source.path}, {source.place} {row.line}"
             try:
                 yield encode_chat(tokenizer, row.values[0], row.line)
             except ValueError as error:

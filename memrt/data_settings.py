@@ -5,28 +5,44 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from memrt.data_files import Kind, is_stream
+from memrt.data_files import SOURCES, is_hub_dataset, is_stream
+from memrt.data_records import Kind
 
 __all__ = ["DataSettings", "Truncation", "check_integer"]
 
 Truncation = Literal["error", "cut", "drop"]
 
 _TRUNCATIONS = ("error", "cut", "drop")
+_COLUMNS = (
+    "text_column",
+    "prompt_column",
+    "completion_column",
+    "messages_column",
+    "label_column",
+    "text_pair_column",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSettings:
     """What to read and how to bring it to length.
 
-    ``path``: a ``.txt`` or ``.jsonl`` file; None is the embedded text.
+    ``path``: a ``.txt``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, or a dataset of the
+    Hub, ``owner/name`` or ``owner/name:split`` (the split is "train" where none is named); None is
+    the embedded text.
     ``packing``: "auto" packs text, and packs neither prompt/completion nor chat. The summary says
     what it came to.
     ``truncation``: for examples longer than ``sequence_length`` that are not packed. "error" (also
     when None) refuses the data, "cut" keeps their beginning, "drop" leaves them out.
     ``*_column``: the names of the columns; None takes text, prompt and completion, or messages.
+    ``label_column`` makes classes of the records: the text, with ``text_pair_column`` two texts,
+    and the label, a name or a whole number.
+    ``columns``: names of all columns of a ``.csv`` or ``.tsv`` whose line 1 is data already.
+    ``quoting``: whether quotes enclose cells; "auto" for ``.csv``, and not for ``.tsv``.
+    ``configuration``: of a dataset of the Hub that has several.
     ``separator``: goes between prompt and completion, as a part of the prompt.
-    ``evaluation_fraction``: the part held out, chosen by ``seed``: whole lines of a ``.jsonl``
-    file, blocks of a text.
+    ``evaluation_fraction``: the part held out, chosen by ``seed``: whole records, or blocks of a
+    text.
     """
 
     path: str | None = None
@@ -37,6 +53,11 @@ class DataSettings:
     prompt_column: str | None = None
     completion_column: str | None = None
     messages_column: str | None = None
+    label_column: str | None = None
+    text_pair_column: str | None = None
+    columns: list[str] | None = None
+    quoting: bool | Literal["auto"] = "auto"
+    configuration: str | None = None
     separator: str = ""
     evaluation_path: str | None = None
     evaluation_fraction: float = 0.0
@@ -57,7 +78,10 @@ class DataSettings:
     def named_columns(self) -> dict[Kind, tuple[str, ...]]:
         """The columns that the user named, at most one entry."""
         named: dict[Kind, tuple[str, ...]] = {}
-        if self.text_column is not None:
+        if self.label_column is not None:
+            pair = () if self.text_pair_column is None else (self.text_pair_column,)
+            named["classification"] = (self.text_column or "text", *pair, self.label_column)
+        elif self.text_column is not None:
             named["text"] = (self.text_column,)
         if self.prompt_column is not None and self.completion_column is not None:
             named["prompt_completion"] = (self.prompt_column, self.completion_column)
@@ -73,6 +97,8 @@ class DataSettings:
         check_integer("seed", self.seed, smallest=0)
         if not isinstance(self.packing, bool) and self.packing != "auto":
             raise ValueError(f"packing={self.packing!r}: must be True, False or 'auto'")
+        if not isinstance(self.quoting, bool) and self.quoting != "auto":
+            raise ValueError(f"quoting={self.quoting!r}: must be True, False or 'auto'")
         if self.truncation is not None and self.truncation not in _TRUNCATIONS:
             raise ValueError(
                 f"truncation={self.truncation!r}: must be one of {', '.join(_TRUNCATIONS)}"
@@ -87,10 +113,24 @@ class DataSettings:
             )
 
     def _check_column_names(self) -> None:
-        for name in ("text_column", "prompt_column", "completion_column", "messages_column"):
+        for name in (*_COLUMNS, "configuration"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                raise ValueError(f"{name}={value!r}: must be the name of a column, or None")
+                what = "the name of a column" if name in _COLUMNS else "a name"
+                raise ValueError(f"{name}={value!r}: must be {what}, or None")
+        names = self.columns
+        if names is not None:
+            if not isinstance(names, list | tuple) or not names:
+                raise ValueError(f"columns={names!r}: must be a list of names, or None")
+            if not all(isinstance(name, str) and name for name in names):
+                raise ValueError(f"columns={names!r}: every name must be text")
+            if len(set(names)) < len(names):
+                raise ValueError(f"columns={names!r}: a name comes twice")
+        if self.text_pair_column is not None and self.label_column is None:
+            raise ValueError(
+                f"text_pair_column={self.text_pair_column!r}: two texts go with a label; name it "
+                "with label_column"
+            )
         if (self.prompt_column is None) != (self.completion_column is None):
             raise ValueError(
                 f"prompt_column={self.prompt_column!r} and "
@@ -103,6 +143,8 @@ class DataSettings:
                 "name two columns, or use text_column"
             )
         named = self.named_columns()
+        if any(len(set(each)) < len(each) for each in named.values()):
+            raise ValueError(f"columns are named twice in {', '.join(*named.values())}")
         if len(named) > 1:
             raise ValueError(
                 f"columns are named for {' and '.join(named)}: an example is one of these; "
@@ -120,12 +162,36 @@ class DataSettings:
         if streams and self.packing is False:
             raise ValueError(
                 f"packing=False: {streams[0]}={getattr(self, streams[0])!r} is one text stream and "
-                "always packed; leave packing out, or give a .jsonl file with one example a line"
+                "always packed; leave packing out, or give a file with one example a record"
             )
         if self.named_columns() and len(streams) == len(self.paths()):
             raise ValueError(
                 f"columns are named, but path={self.path!r} is a text without columns; "
-                "leave them out or give a .jsonl file"
+                f"leave them out, or give {SOURCES}"
+            )
+        if self.label_column is not None:
+            self._check_classes(streams)
+        self._check_formats()
+
+    def _check_classes(self, streams: list[str]) -> None:
+        if self.packing is True:
+            raise ValueError("packing=True: records with labels are never packed; leave it out")
+        if streams:
+            raise ValueError(
+                f"label_column={self.label_column!r}: {streams[0]}="
+                f"{getattr(self, streams[0])!r} is a text without columns; give {SOURCES}"
+            )
+
+    def _check_formats(self) -> None:
+        paths = [path for _, path in self.paths() if path is not None]
+        tables = [path for path in paths if path.lower().endswith((".csv", ".tsv"))]
+        if self.columns is not None and not tables:
+            raise ValueError(f"columns={self.columns!r} has no effect without a .csv or .tsv file")
+        if self.quoting != "auto" and not tables:
+            raise ValueError(f"quoting={self.quoting!r} has no effect without a .csv or .tsv file")
+        if self.configuration is not None and not any(map(is_hub_dataset, paths)):
+            raise ValueError(
+                f"configuration={self.configuration!r} has no effect without a dataset of the Hub"
             )
 
 

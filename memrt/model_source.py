@@ -17,7 +17,14 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-__all__ = ["TASKS", "WeightSource", "auto_class", "resolve_config", "weight_source"]
+__all__ = [
+    "TASKS",
+    "WeightSource",
+    "auto_class",
+    "hub_answers",
+    "resolve_config",
+    "weight_source",
+]
 
 TASKS = {
     "causal-lm": "AutoModelForCausalLM",
@@ -82,7 +89,7 @@ def _hub_config(name: str) -> dict[str, Any]:
         raise ValueError(f"{name!r} is not a local path; check the spelling and the working folder")
     try:
         found: dict[str, Any] = PreTrainedConfig.get_config_dict(
-            name, local_files_only=not _hub_answers()
+            name, local_files_only=not hub_answers()
         )[0]
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -94,7 +101,7 @@ def _hub_config(name: str) -> dict[str, Any]:
     return found
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the Hub takes connections: its client tries again and again for half a minute.
 
     Behind a proxy nobody can tell; the client finds out.

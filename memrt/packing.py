@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memrt.data_files import Kind, RecordFile, TextStream
+from memrt.data_files import TextStream
+from memrt.data_records import Kind, RecordFile
 from memrt.data_settings import DataSettings, Truncation
 from memrt.tokenization import IGNORED_LABEL, Encoded
 
@@ -35,7 +36,7 @@ class SplitSummary:
     kind: Kind
     packed: bool
     truncation: Truncation | None  # None where packed: nothing is truncated
-    num_documents: int  # lines of a .jsonl file; a text is one
+    num_documents: int  # records; a text is one
     num_examples: int
     num_tokens: int
     num_masked_tokens: int  # label -100
@@ -82,9 +83,9 @@ def require_fit(examples: Sequence[Encoded], source: Source, settings: DataSetti
         longest = max(examples, key=len)
         raise ValueError(
             f"{source.name}: {num_too_long} of {len(examples)} examples are longer than "
-            f"sequence_length={length} (the longest, line {longest.line}, has {len(longest)} "
-            f"tokens); give sequence_length={len(longest)}, or truncation='cut' (keeps their "
-            "beginning), or truncation='drop' (leaves them out)"
+            f"sequence_length={length} (the longest, {source.place} {longest.line}, has "
+            f"{len(longest)} tokens); give sequence_length={len(longest)}, or truncation='cut' "
+            "(keeps their beginning), or truncation='drop' (leaves them out)"
         )
 
 
@@ -93,7 +94,7 @@ def split(
 ) -> tuple[list[Encoded], list[Encoded]]:
     """Train and evaluation, each in the order of the file and with at least one example."""
     if len(examples) < 2:
-        found, remedy = "one line", "give evaluation_path, or more lines"
+        found, remedy = "one record", "give evaluation_path, or more of them"
         if isinstance(source, TextStream):
             found = f"{len(examples)} block(s) of sequence_length={settings.sequence_length}"
             remedy = "give a shorter sequence_length, evaluation_path, or more text"

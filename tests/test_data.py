@@ -192,7 +192,28 @@ def test_tokenizer_refuses(text: str, vocab_size: Any, message: str) -> None:
     ("arguments", "message"),
     [
         ({"path": 3}, "path=3"),
-        ({"path": "a.csv"}, r"path='a.csv'.*\.txt, \.jsonl"),
+        (
+            {"path": "a.xlsx"},
+            r"path='a.xlsx': must be a \.txt, \.jsonl, .* or a dataset of the Hub",
+        ),
+        ({"path": "owner/a.xlsx"}, r"path='owner/a.xlsx': must be a \.txt"),
+        ({"path": "./name"}, r"path='./name': must be a \.txt"),
+        ({"path": "a.jsonl", "columns": ["a"]}, r"columns=\['a'\] has no effect"),
+        ({"path": "a.tsv", "columns": ["a", "a"]}, "a name comes twice"),
+        ({"path": "a.tsv", "columns": []}, r"columns=\[\]: must be a list"),
+        ({"path": "a.tsv", "columns": [1]}, "every name must be text"),
+        ({"path": "a.parquet", "quoting": False}, "quoting=False has no effect"),
+        ({"path": "a.csv", "quoting": "no"}, "quoting='no': must be True, False or 'auto'"),
+        ({"path": "a.csv", "configuration": "x"}, "configuration='x' has no effect"),
+        ({"path": "owner/name", "configuration": ""}, "configuration='': must be a name"),
+        ({"path": "a.csv", "text_pair_column": "b"}, "two texts go with a label"),
+        ({"path": "a.csv", "label_column": "b", "packing": True}, "are never packed"),
+        ({"path": "a.csv", "label_column": "text"}, "named twice in text, text"),
+        ({"path": "a.txt", "label_column": "b"}, "text without columns"),
+        (
+            {"path": "a.csv", "label_column": "b", "evaluation_path": "e.txt"},
+            "evaluation_path='e.txt' is a text without columns",
+        ),
         ({"evaluation_path": "a.json"}, r"evaluation_path='a.json'.*\.txt, \.jsonl"),
         ({"sequence_length": 1}, "sequence_length=1: .*at least 2"),
         ({"sequence_length": True}, "sequence_length=True"),
@@ -734,7 +755,7 @@ def test_small_splits(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Non
         assert data.evaluation is not None
         assert (len(data.train), len(data.evaluation)) == (1, 1)
     path = write_lines(tmp_path, pairs(1))
-    with pytest.raises(ValueError, match="has one line and a split needs two"):
+    with pytest.raises(ValueError, match="has one record and a split needs two"):
         load_examples(DataSettings(path=path, evaluation_fraction=0.5), tokenizer)
     path = write_bytes(tmp_path, b"some words here", "a.txt")
     settings = DataSettings(path=path, evaluation_fraction=0.5, sequence_length=64)

@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from memrt.loading import auto_class, load, resolve_config
-from memrt.model_source import _hub_answers
+from memrt.model_source import hub_answers
 from tests.tiny_models import CONFIGS, assert_equal_models
 
 
@@ -48,11 +48,11 @@ def test_a_hub_that_takes_no_connection_is_not_asked_again_and_again(
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
             monkeypatch.delenv(name.upper(), raising=False)
-        assert not _hub_answers()
+        assert not hub_answers()
         closed.listen()
-        assert _hub_answers()
+        assert hub_answers()
         monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-        assert _hub_answers()  # nobody can tell
+        assert hub_answers()  # nobody can tell
 
 
 @pytest.mark.parametrize("shard", ["1GB", "20KB"], ids=["single", "sharded"])

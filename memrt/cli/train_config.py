@@ -24,6 +24,8 @@ from memrt.cli.stacks import parse_stack
 from memrt.cli.train_keys import SECTIONS, Key, find_key, keys, unknown_key
 from memrt.cli.train_types import require_type
 from memrt.data import DataSettings
+from memrt.data_files import SOURCES
+from memrt.translation import translated
 
 if TYPE_CHECKING:
     from memrt.strategy import Strategy
@@ -143,7 +145,7 @@ def resolve(
         raise ValueError(f"{where}{error.full_key}: {reason}") from error
     assert isinstance(plain, dict)
     given = {} if base is None else dict(base.values)
-    given |= dict(_flat(plain))
+    given |= dict(_flat(translated(plain, base=given)))
     config = TrainConfig(_complete(given))
     _ = config.data  # checks itself
     return config
@@ -232,9 +234,7 @@ def _complete(given: dict[str, Any]) -> dict[str, Any]:
             f"model.path={model!r} and model.config both say what is trained; give one"
         )
     elif data is None:
-        raise ValueError(
-            "data.path: name a .txt or .jsonl file, or embedded for text that comes with Python"
-        )
+        raise ValueError(f"data.path: name {SOURCES}, or embedded for text that comes with Python")
     values: dict[str, Any] = {}
     for name, key in keys().items():
         if name in given:

@@ -26,6 +26,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from memrt.checkpoint import check_state, recover, write_json, write_text
 from memrt.cli.train_config import TrainConfig
 from memrt.cli.train_keys import keys
+from memrt.data_arrow import HubTable
+from memrt.data_files import is_hub_dataset
 
 __all__ = ["RunFolder", "run_of"]
 
@@ -207,15 +209,17 @@ def _require_alike(origin: Path, config: TrainConfig) -> None:
 
 def _fingerprints(config: TrainConfig) -> dict[str, Any]:
     return {
-        f"data.{argument}": None if path is None else _fingerprint(Path(path))
+        f"data.{argument}": None if path is None else _fingerprint(path, config.data.configuration)
         for argument, path in config.data.paths()
     }
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
+def _fingerprint(path: str, configuration: str | None) -> dict[str, Any]:
+    if is_hub_dataset(path):
+        return HubTable(name=path, configuration=configuration).fingerprint()
+    with Path(path).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": Path(path).stat().st_size, "sha256": digest}
 
 
 def _require_whole(checkpoint: Path) -> None:

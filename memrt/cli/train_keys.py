@@ -19,6 +19,8 @@ from typing import Any, Literal
 from memrt.arguments import TrainingArguments
 from memrt.cli.train_types import in_words
 from memrt.data import DataSettings
+from memrt.data_files import SOURCES
+from memrt.spellings import is_spelling
 
 __all__ = ["ALIASES", "SECTIONS", "Key", "find_key", "keys", "unknown_key"]
 
@@ -151,16 +153,22 @@ _RUN = (
 )
 
 _DATA_HELP = {
-    "path": "A .txt or .jsonl file, or embedded (text that comes with Python).",
+    "path": f"{SOURCES.capitalize()}, owner/name:split (default: train), or embedded (text that "
+    "comes with Python).",
     "sequence_length": "Tokens of the longest example; of every one where packed.",
     "packing": "true, false, or auto: pack text, not prompts with completions and not chats.",
     "truncation": "For examples that are longer: error, cut or drop. Default: error.",
-    "text_column": "Column of a .jsonl that is the text.",
+    "text_column": "Column that is the text.",
     "prompt_column": "Column that is the prompt; it is given and not trained on.",
     "completion_column": "Column that is the completion.",
     "messages_column": "Column with chat messages; the assistant's are trained on.",
+    "label_column": "Column that is the label, a name or a whole number, for a classifier.",
+    "text_pair_column": "Column that is a second text, for a classifier of pairs.",
+    "columns": "Names of all columns of a .csv or .tsv that has no header line.",
+    "quoting": "Whether quotes enclose cells: true, false, or auto (in a .csv, not in a .tsv).",
+    "configuration": "Of a dataset of the Hub that has several.",
     "separator": "Between prompt and completion.",
-    "evaluation_path": "A file to evaluate on.",
+    "evaluation_path": "What to evaluate on: a file, or a dataset of the Hub (owner/name:split).",
     "evaluation_fraction": "Part of the data that is held out to evaluate on.",
     "seed": "Of the held-out part. Default: seed.",
 }
@@ -200,7 +208,7 @@ def keys() -> dict[str, Key]:
 def find_key(word: str) -> str:
     """The full name behind what was typed: full, short, or the last part where only one has it."""
     name = word.replace("-", "_")
-    if name in keys() or _inside_mapping(name):
+    if name in keys() or _inside_mapping(name) or is_spelling(name.rpartition(".")[2]):
         return name
     if name in ALIASES:
         return ALIASES[name]

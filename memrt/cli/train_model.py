@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from memrt.cli.model import quiet_hub
 from memrt.cli.train_config import EMBEDDED, TrainConfig
 from memrt.data import byte_level_tokenizer
-from memrt.data_files import RecordFile, TextStream, is_stream, require_file
+from memrt.data_files import TextStream, is_stream, require_file
+from memrt.data_records import RecordFile
 from memrt.embedded import MODEL_NAME, embedded_config
 from memrt.model_source import TASKS, auto_class, resolve_config, weight_source
 
@@ -193,7 +194,7 @@ def _text(data: DataSettings) -> str:
         source.check()
         pieces: Iterator[str] = source.pieces()
     else:
-        source = RecordFile.open(data.path, data.named_columns())
+        source = RecordFile.open(data.path, data)
         pieces = (
             text + "\n"
             for row in source.rows()

@@ -44,7 +44,7 @@ USAGE = [
     (["plan", "--force"], "--force has no effect without --output"),
     (["plan", "--model", "./nowhere/at-all"], "is not a local path"),
     (["profile", "--data", "nowhere.txt"], "--data 'nowhere.txt': there is no such file"),
-    (["profile", "--data", "x.csv"], "--data 'x.csv': the file must be one of .txt, .jsonl"),
+    (["profile", "--data", "x.json"], "--data 'x.json': must be a .txt, .jsonl, .csv"),
     (["profile", "--device", "tpu"], "--device tpu: use auto, cpu, cuda or cuda:N"),
     (["profile", "--device", "cuda:99"], "--device cuda:99: torch sees"),
     (["frobnicate"], "invalid choice: 'frobnicate'"),

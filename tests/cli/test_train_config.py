@@ -175,7 +175,7 @@ FILES = [
         "model: embedded\ndata: embedded\nstrategies: [{lisa: {layer: 1}}]\n",
         "did you mean 'layers'",
     ),
-    ("model: x\n", "data.path: name a .txt or .jsonl file"),
+    ("model: x\n", "data.path: name a .txt, .jsonl, .csv, .tsv or .parquet file"),
     ("data: x.txt\n", "model.path: name a folder"),
     ("seed: 1\nseed: 2\n", "duplicate"),
 ]
