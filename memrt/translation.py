@@ -156,10 +156,11 @@ def translated(tree: Mapping[str, Any], *, base: Mapping[str, Any]) -> dict[str,
     found = from_optim(*optim.values(), max_grad_norm=norm)
     if not keys and not found:
         return rest
+    words = _words(keys)
     specs = rest.get("strategies", base.get("strategies"))
     if "memory_strategies" in keys:
         theirs = keys.pop("memory_strategies")
-        if "strategies" in rest and rest["strategies"] != theirs:
+        if rest.get("strategies", theirs) != theirs:
             raise ValueError(
                 f"memory_strategies={theirs!r} and strategies={specs!r} are the same setting; give "
                 "strategies alone"
@@ -170,11 +171,9 @@ def translated(tree: Mapping[str, Any], *, base: Mapping[str, Any]) -> dict[str,
         listed = join(listed, found, subject=f"training.optim={optim['optim']!r}")
         tell_optim(optim["optim"], found)
         rest["training"] = {n: v for n, v in training.items() if n not in _OPTIM}
-    if keys:
-        asked = from_keys(keys, listed, max_grad_norm=norm)
-        listed = [*listed, *asked]
-        stack = [str(strategy) for strategy in asked] or "what strategies says already"
-        logger.warning("%s: run as strategies %s", _words(keys), stack)
+    listed += from_keys(keys, listed, max_grad_norm=norm)
+    if words:
+        logger.warning("%s: run as strategies=%s", words, [str(strategy) for strategy in listed])
     rest["strategies"] = [str(strategy) for strategy in listed]
     return rest
 
