@@ -28,12 +28,15 @@ __all__ = [
     "changed_values",
     "check_targets",
     "fold_adapters",
+    "fold_layer",
     "has_adapter_files",
     "inject",
     "load_adapters",
     "plain",
+    "read_adapters",
     "reads_base_weights",
     "remove_adapters",
+    "trained_copies",
 ]
 
 ADAPTER_NAME = "default"
@@ -191,25 +194,55 @@ def check_targets(config: Any, model: nn.Module) -> None:
 
 @torch.no_grad()
 def fold_adapters(model: nn.Module) -> None:
-    """Add what the adapters learned to the layers' own weights; packed ones become dense."""
-    from peft.utils import ModulesToSaveWrapper
+    """Add what the adapters learned to the layers' own weights; packed ones become dense.
 
+    A layer is folded in float32, so that W + ΔW is rounded once to the weights' dtype.
+    """
     for name, layer in adapter_layers(model):
         base = layer.get_base_layer()
         if is_packed(base):
             unpack(base)
             base.weight.requires_grad_(True)
-        try:
-            layer.merge(safe_merge=True)
-        except (NotImplementedError, AttributeError) as error:
-            raise ValueError(
-                f"{name}: {type(layer).__name__} cannot be folded into the weights ({error}); keep "
-                "the checkpoint, whose adapters peft.PeftModel.from_pretrained loads"
-            ) from error
-    for module in list(model.modules()):
-        if isinstance(module, ModulesToSaveWrapper):
-            trained = module.modules_to_save[ADAPTER_NAME]
-            module.original_module.load_state_dict(trained.state_dict())
+        dtypes = {part: p.dtype for part, p in base.named_parameters(recurse=False)}
+        for part, dtype in dtypes.items():
+            base._parameters[part].data = base._parameters[part].to(_wide(dtype))
+        fold_layer(name, layer)
+        for part, dtype in dtypes.items():
+            base._parameters[part].data = base._parameters[part].to(dtype)
+    copies = trained_copies(model)
+    for name, module in _saved_modules(model):
+        own = {part: copies[f"{name}.{part}"] for part in module.original_module.state_dict()}
+        module.original_module.load_state_dict(own)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def fold_layer(name: str, layer: Any) -> None:
+    """Add what one layer's adapters learned to its dense weights, in the weights' dtype."""
+    try:
+        layer.merge(safe_merge=True)
+    except (NotImplementedError, AttributeError) as error:
+        raise ValueError(
+            f"{name}: {type(layer).__name__} cannot be folded into the weights ({error}); keep "
+            "the checkpoint, whose adapters peft.PeftModel.from_pretrained loads"
+        ) from error
+
+
+def trained_copies(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the modules that PEFT trained whole (`modules_to_save`), by the model's names."""
+    return {
+        f"{name}.{part}": tensor
+        for name, module in _saved_modules(model)
+        for part, tensor in module.modules_to_save[ADAPTER_NAME].state_dict().items()
+    }
+
+
+def _saved_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    from peft.utils import ModulesToSaveWrapper
+
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
 
 
 def remove_adapters(model: nn.Module, before: Injection) -> None:
@@ -234,18 +267,45 @@ def has_adapter_files(folder: str | Path) -> bool:
     return (Path(folder) / "adapter_model.safetensors").is_file()
 
 
-def load_adapters(model: nn.Module, folder: str | Path) -> None:
-    """Load the adapters of a checkpoint into a model that has such adapters."""
-    from peft import set_peft_model_state_dict
+def read_adapters(folder: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's adapters, by PEFT's names without its wrapper's prefix."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    state: dict[str, Tensor] = load_file(Path(folder) / "adapter_model.safetensors")
-    state = {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
-    wrong = f"{folder} holds adapters of another model or method; resume with what wrote it"
+    path = Path(folder) / "adapter_model.safetensors"
     try:
-        result = set_peft_model_state_dict(model, state, adapter_name=ADAPTER_NAME)
+        state: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({error}); copy it again"
+        ) from error
+    return {name.removeprefix("base_model.model."): tensor for name, tensor in state.items()}
+
+
+def load_adapters(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    state: dict[str, Tensor] | None = None,
+    remedy: str = "resume with what wrote it",
+) -> None:
+    """Load the adapters of a checkpoint into a model that has such adapters.
+
+    `state`: what `read_adapters` gave, or the part of it that is to be loaded.
+    """
+    from peft import set_peft_model_state_dict
+
+    wrong = f"{folder} holds adapters of another model or method; {remedy}"
+    try:
+        result = set_peft_model_state_dict(
+            model,
+            read_adapters(folder) if state is None else state,
+            adapter_name=ADAPTER_NAME,
+        )
     except RuntimeError as error:  # shapes
         raise ValueError(f"{wrong} ({str(error).splitlines()[-1].strip()})") from error
+    except KeyError as error:  # a module that was trained whole
+        raise ValueError(f"{wrong} ({error} is not in it)") from error
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     odd = [*(name for name in result.missing_keys if name in trained), *result.unexpected_keys]
     if odd:

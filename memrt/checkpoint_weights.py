@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from memrt.weight_files import Assignment, WeightFiles
     from memrt.weight_slots import WeightSlots
 
-__all__ = ["Checkpoint", "refuse_unknown"]
+__all__ = ["Checkpoint", "cast_plan", "refuse_unknown"]
 
 
-def _cast_plan(model: Any, dtype: torch.dtype) -> Callable[[str, torch.dtype], torch.dtype]:
+def cast_plan(model: Any, dtype: torch.dtype) -> Callable[[str, torch.dtype], torch.dtype]:
     """The dtype of a checkpoint's tensor: the model's, but for what a family keeps in fp32."""
     from transformers.core_model_loading import build_glob_alternation
 
@@ -54,7 +54,7 @@ class Checkpoint:
         self.model = skeleton.model
         self.slots = slots
         self.files = files
-        self.dtype_of = _cast_plan(self.model, dtype)
+        self.dtype_of = cast_plan(self.model, dtype)
 
     def load(self, device: torch.device) -> list[str]:
         """Fill every tensor; returns what the user should be told."""

@@ -1,37 +1,46 @@
-"""Export: a folder that plain transformers loads, from a run or from one of its checkpoints.
+"""Export: a folder that plain transformers loads, from a run, a checkpoint or an adapter.
 
-Strategies undo or fold what they did to the model (`Session.export`); state of optimizer, random
-numbers and strategies stays behind. The tensors are those of the trained model.
+Strategies undo or fold what they did to the model; state of optimizer, random numbers and
+strategies stays behind. A checkpoint is never loaded as a model for that: its tensors (or those of
+the base that its adapters belong to) are read, made plain and written one module at a time
+(`memrt.plain_weights`, `memrt.weight_writer`). What cannot be done so is loaded whole, once:
+methods of PEFT that read or start from the weights, and strategies of third parties.
+
+A folder takes its name when it is whole, and only over nothing.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
-from safetensors.torch import load_file
 from torch import nn
-from transformers.trainer_utils import load_sharded_checkpoint
-from transformers.utils import SAFE_WEIGHTS_NAME
 
-from memrt.adapters import has_adapter_files, load_adapters
-from memrt.checkpoint import SETTINGS_NAME, STATE_NAME, load_state, read_strategies, staged
-from memrt.loading import load
-from memrt.packed_strategy import PackedStrategy
-from memrt.packed_weights import packable
+from memrt.checkpoint import SETTINGS_NAME, STATE_NAME, staged
+from memrt.checkpoint_weights import cast_plan
+from memrt.errors import CheckpointWriteError
+from memrt.export_source import Source
+from memrt.logits_check import LogitsCheck, compare_logits, logits_of
 from memrt.session import Session
-from memrt.structure import Facts, RunSettings, discover
 from memrt.trainer import MemoryMixin, unwrap_mixed_precision
+from memrt.weight_files import WeightFiles
+from memrt.weight_writer import parse_size, write_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator
 
-    from memrt.strategy import Strategy
+    from memrt.plain_weights import PlainWeights
 
-__all__ = ["export_checkpoint", "export_run", "strip"]
+__all__ = ["Exported", "export_checkpoint", "export_run", "strip"]
+
+MAX_SHARD_SIZE = "5GB"
 
 _RUN_FILES = (
     "optimizer*",
@@ -54,6 +63,39 @@ _MODEL_FILES = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What was written."""
+
+    path: Path
+    files: tuple[str, ...]
+    num_bytes: int
+    """Of the weights."""
+    num_parameters: int
+    dtype: str
+    num_folded: int
+    """Layers whose adapters were folded into their weights."""
+    num_unpacked: int
+    """Weights that were packed, or were in the run."""
+    notes: tuple[str, ...] = ()
+    check: LogitsCheck | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "schema": "memrt.export/1",
+            "path": str(self.path),
+            "files": list(self.files),
+            "bytes": self.num_bytes,
+            "parameters": self.num_parameters,
+            "dtype": self.dtype,
+            "folded_layers": self.num_folded,
+            "unpacked_weights": self.num_unpacked,
+            "notes": list(self.notes),
+            "verify": None if self.check is None else self.check.to_json(),
+        }
+
+
 def strip(run: Session) -> nn.Module:
     """End a run: its model, in the form that plain transformers loads."""
     unwrap_mixed_precision(run.model)
@@ -68,13 +110,17 @@ def _target(output_dir: str | Path) -> Path:
 
 
 def export_run(
-    run: Session | MemoryMixin, output_dir: str | Path, *, processing_class: Any = None
+    run: Session | MemoryMixin,
+    output_dir: str | Path,
+    *,
+    processing_class: Any = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> Path:
     """Write the model of a session or Trainer as a plain transformers folder, and end the run.
 
     `processing_class` is the tokenizer or processor to write beside it (a Trainer's own if None).
     """
-    target = _target(output_dir)
+    target, max_bytes = _target(output_dir), parse_size(max_shard_size)
     if isinstance(run, MemoryMixin):
         session, whole = run.session, run._bare_model()
         processing_class = processing_class or run.processing_class
@@ -90,61 +136,10 @@ def export_run(
             unwrap_mixed_precision(whole)
         else:
             strip(session)
-        whole.save_pretrained(folder)
+        whole.save_pretrained(folder, max_shard_size=max_bytes)
         if processing_class is not None:
             processing_class.save_pretrained(folder)
     return target
-
-
-def _base(checkpoint: Path, base: str | Path | nn.Module | None) -> nn.Module:
-    """The model that a checkpoint's adapters belong to."""
-    if isinstance(base, nn.Module):
-        return base
-    config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-    named = base or config.get("base_model_name_or_path")
-    if not named:
-        raise ValueError(
-            f"base=None: {checkpoint} holds adapters alone and does not name the model that they "
-            "belong to; give that model, or its folder, as base"
-        )
-    return load(named)
-
-
-def _load(checkpoint: Path, strategies: Sequence[Strategy]) -> Any:
-    """The model of a checkpoint; its weights come later where strategies keep them packed."""
-    if not (checkpoint / "config.json").is_file():
-        raise ValueError(
-            f"{checkpoint} has no config.json; name a checkpoint of a transformers run"
-        )
-    config = transformers.AutoConfig.from_pretrained(checkpoint)
-    names = config.architectures or [""]
-    kind = getattr(transformers, names[0], None)
-    if kind is None:
-        raise ValueError(
-            f"config.architectures={names} of {checkpoint} is no class of transformers "
-            f"{transformers.__version__}; load the model yourself and call export_run"
-        )
-    if not _packs(strategies):
-        return kind.from_pretrained(checkpoint)
-    model = kind(config)
-    names = packable(Facts(model=model, structure=discover(model), settings=RunSettings()))
-    for name in names:  # what trained does not matter here, that something did does
-        model.get_submodule(name).weight.requires_grad_(False)
-    return model
-
-
-def _packs(strategies: Sequence[Strategy]) -> bool:
-    return any(isinstance(strategy, PackedStrategy) for strategy in strategies)
-
-
-def _fill(model: nn.Module, checkpoint: Path) -> None:
-    """The tensors of a checkpoint, packed ones as they are, into a model of their shapes."""
-    whole = checkpoint / SAFE_WEIGHTS_NAME
-    if whole.is_file():
-        model.load_state_dict(load_file(whole), strict=False)
-        model.tie_weights()  # type: ignore[operator]
-    else:
-        load_sharded_checkpoint(model, str(checkpoint), strict=False)
 
 
 def export_checkpoint(
@@ -152,28 +147,157 @@ def export_checkpoint(
     output_dir: str | Path,
     *,
     base: str | Path | nn.Module | None = None,
-) -> Path:
-    """Write a checkpoint folder of a run as a plain transformers folder.
+    task: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    verify: bool = False,
+    on_written: Callable[[int], None] = lambda total: None,
+) -> Exported:
+    """Write a checkpoint of a run, or an adapter, as a plain transformers folder.
 
-    The strategies that wrote it are attached again, given their state and asked to export. A folder
-    with adapters alone is folded into `base`, the model (which is taken over) or the folder that
-    the run began with; None for the one that the adapters name.
+    `base`: the folder or Hub id of the model that adapters belong to, or the model itself (which is
+    taken over); None for the one that the adapters name. `task`: of the base, where its config does
+    not tell (`memrt.model_source.TASKS`). `dtype`: of what is written; None keeps what is stored.
+    `verify`: compare logits with the run's own model, both loaded whole, and publish nothing when
+    rounding does not explain the difference. `on_written` is called with the number of tensors in
+    all, for each that is written.
     """
-    source, target = Path(checkpoint), _target(output_dir)
-    adapters = has_adapter_files(source)
-    strategies = read_strategies(source)
-    model: Any = _base(source, base) if adapters else _load(source, strategies)
-    if strategies:
-        session = Session(model, strategies)
-        if adapters:
-            load_adapters(model, source)
-        elif _packs(strategies):
-            _fill(model, source)
-        session.load_strategy_state(load_state(source, strategies))
-        model = strip(session)
-    with staged(target) as folder:
-        model.save_pretrained(folder)
-        for path in sorted(source.iterdir()):
-            if path.is_file() and not any(map(path.match, (*_RUN_FILES, *_MODEL_FILES))):
-                shutil.copy(path, folder)
-    return target
+    target, max_bytes = _target(output_dir), parse_size(max_shard_size)
+    source = Source.open(checkpoint, base=base, task=task)
+    reference = _reference(source) if verify else None
+    with _sentence(target), staged(target) as folder:
+        if source.is_streamed:
+            done = _write_streamed(source, folder, target, dtype, max_bytes, on_written)
+        else:
+            done = _write_whole(source, folder, target, dtype, max_bytes)
+        _copy_files(source, folder)
+        if reference is not None:
+            done = replace(done, check=_checked(source, folder, *reference))
+    return done
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _write_streamed(
+    source: Source,
+    folder: Path,
+    target: Path,
+    dtype: torch.dtype | None,
+    max_bytes: int,
+    on_written: Callable[[int], None],
+) -> Exported:
+    with WeightFiles(source.weight_source()) as files, torch.no_grad():
+        weights = source.plain_weights(files, dtype)
+        entries = weights.entries
+        num_bytes = sum(entry.num_bytes for entry in entries)
+        free = shutil.disk_usage(folder).free
+        if free < num_bytes:
+            raise OSError(
+                f"the weights take {num_bytes / 2**30:.2f} GiB and the disk of {target} has "
+                f"{free / 2**30:.2f} GiB free"
+            )
+        total = len(entries)
+        names = write_shards(
+            folder,
+            entries,
+            weights.tensor,
+            max_bytes=max_bytes,
+            on_written=lambda: on_written(total),
+        )
+        _write_config(weights, folder)
+    return Exported(
+        path=target,
+        files=tuple(names),
+        num_bytes=num_bytes,
+        num_parameters=sum(torch.Size(entry.shape).numel() for entry in entries),
+        dtype=str(weights.common_dtype).removeprefix("torch."),
+        num_folded=weights.num_folded,
+        num_unpacked=weights.num_unpacked,
+        notes=(*source.notes, *weights.notes),
+    )
+
+
+def _write_config(weights: PlainWeights, folder: Path) -> None:
+    model = weights.model
+    config = copy.deepcopy(model.config)
+    config.dtype = weights.common_dtype
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _write_whole(
+    source: Source, folder: Path, target: Path, dtype: torch.dtype | None, max_bytes: int
+) -> Exported:
+    model, num_folded, num_unpacked = source.stripped_model()
+    if dtype is not None:
+        dtype_of = cast_plan(model, dtype)
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.to(dtype_of(name, dtype))
+        model.config.dtype = dtype
+    model.save_pretrained(folder, max_shard_size=max_bytes)
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    return Exported(
+        path=target,
+        files=tuple(files),
+        num_bytes=sum((folder / name).stat().st_size for name in files),
+        num_parameters=model.num_parameters(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_folded=num_folded,
+        num_unpacked=num_unpacked,
+        notes=source.notes,
+    )
+
+
+def _copy_files(source: Source, folder: Path) -> None:
+    """The checkpoint's other files, its tokenizer say; the base's where it has none."""
+    for path in source.other_files(skip=(*_RUN_FILES, *_MODEL_FILES)):
+        shutil.copy(path, folder)
+
+
+@contextmanager
+def _sentence(target: Path) -> Iterator[None]:
+    """Say what a disk's refusal means here; the checkpoint's sentence is about a run."""
+    try:
+        yield
+    except CheckpointWriteError as error:
+        cause = error.__cause__ or error
+        reason = getattr(cause, "strerror", None) or str(cause)
+        raise OSError(
+            f"{target} could not be written ({reason}); nothing of it is left: free space, or "
+            "name a folder on another disk"
+        ) from error
+
+
+# ---------------------------------------------------------------- verifying
+
+
+def _reference(source: Source) -> tuple[torch.Tensor, set[torch.dtype]]:
+    """Logits of the run's own model, and the dtypes that it computes in."""
+    model = source.run_model()
+    return logits_of(model), {model.dtype}
+
+
+def _checked(
+    source: Source, folder: Path, reference: torch.Tensor, dtypes: set[torch.dtype]
+) -> LogitsCheck:
+    kind = getattr(
+        transformers, json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
+    )
+    model, loading = kind.from_pretrained(folder, output_loading_info=True)
+    odd = {name: found for name, found in loading.items() if found and name != "error_msgs"}
+    if odd:
+        raise ValueError(
+            f"verify=True: plain transformers finds {next(iter(odd))} in what was written "
+            f"({sorted(map(str, next(iter(odd.values()))))[0]}); nothing was kept"
+        )
+    check = compare_logits(reference, model, dtypes=dtypes | {model.dtype})
+    if not check.passed:
+        raise ValueError(
+            f"verify=True: the exported model does not compute what the run's model computed: "
+            f"{check}; nothing was kept"
+        )
+    return check

@@ -146,6 +146,8 @@ class Assignment:
     """The model's name -> the file's name."""
     converted: dict[str, Any] = field(default_factory=dict)
     """The model's first name -> transformers' converter, with its inputs still in the files."""
+    converted_keys: dict[str, list[str]] = field(default_factory=dict)
+    """The model's first name -> the files' names of the converter's inputs."""
     provided: set[str] = field(default_factory=set)
     unexpected: set[str] = field(default_factory=set)
     used: list[Any] = field(default_factory=list)
@@ -186,5 +188,6 @@ def assign(model: Any, keys: Iterable[str], read: Callable[[str, str], Tensor]) 
         else:
             rule = result.converted.setdefault(name, deepcopy(by_pattern[pattern]))
             rule.add_tensor(name, key, pattern, partial(read, key, name))
+            result.converted_keys.setdefault(name, []).append(key)
     result.used = [rule for rule in mapping if rule.was_used()]
     return result

@@ -141,8 +141,10 @@ def test_what_cannot_be_exported_is_refused_before_the_run_ends(tmp_path: Path) 
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match="is taken"):
         export_run(trainer, tmp_path / "full")
-    with pytest.raises(ValueError, match=r"no config\.json"):
+    with pytest.raises(ValueError, match="no such folder"):
         export_checkpoint(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        export_checkpoint(tmp_path / "full", tmp_path / "out")
 
 
 def test_a_class_that_transformers_does_not_have_is_refused(tmp_path: Path) -> None:
@@ -156,7 +158,7 @@ def test_a_class_that_transformers_does_not_have_is_refused(tmp_path: Path) -> N
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = run(tmp_path / "run", options={"strategies": [SPECS["lisa"]]}, max_steps=1)
 
-    def full(self: nn.Module, folder: Path) -> None:
+    def full(self: nn.Module, folder: Path, **_: Any) -> None:
         (folder / "half").write_text("x")
         raise OSError(28, "No space left on device")
 

@@ -30,6 +30,8 @@ COMMANDS = {
     "compare": "memrt.cli.compare",
     "compat": "memrt.cli.compat",
     "doctor": "memrt.cli.doctor",
+    "export": "memrt.cli.export",
+    "merge": "memrt.cli.merge",
     "plan": "memrt.cli.plan",
     "profile": "memrt.cli.profile",
     "report": "memrt.cli.report",
@@ -46,6 +48,8 @@ Train models in less memory, and know where every byte is.
   memrt compare      fine-tune one model under several strategy stacks, print one table
   memrt compat       which strategies go together, and why others do not
   memrt doctor       what works on this machine, what does not, why, and what to install
+  memrt export       a checkpoint as a folder that plain transformers loads
+  memrt merge        a PEFT adapter folded into its base
   memrt plan         what a run will need: no weights, no GPU, exit code 0 fits, 2 does not
   memrt profile      a real run: predicted, counted, allocator and driver side by side
   memrt report       a finished run's report as Markdown, JSON, HTML page or PNG
