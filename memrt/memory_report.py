@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from memrt.checkpoint import CheckpointMixin, write_json, write_text
 from memrt.monitoring import PhaseMarks
 from memrt.profiling.ledger import Ledger
+from memrt.profiling.log_values import LogReader
 from memrt.profiling.monitor import Monitor
 from memrt.profiling.render import to_markdown
 from memrt.profiling.render_html import to_html
@@ -108,6 +109,10 @@ class MemoryReport:
         with self._marks.phase(name):
             yield
 
+    def log_values(self) -> dict[str, float]:
+        """Memory, power and utilisation of now, for a line of the log."""
+        return self._monitor.log_values()
+
     def close(self) -> None:
         """Leave ledger and monitor, which would otherwise go on after an exception."""
         self._counting.close()
@@ -175,6 +180,7 @@ class ReportMixin(CheckpointMixin):
 
     _report: MemoryReport | None = None
     _report_is_due = False
+    _log_reader: LogReader | None = None
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `compute_loss`, which is the forward of a micro-batch."""
@@ -194,6 +200,19 @@ class ReportMixin(CheckpointMixin):
         except BaseException:
             report.close()  # where there was no step, nobody else does
             raise
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """transformers' `log`; a line of training says what memory is, for every reporter."""
+        if self.session is not None and "loss" in logs:
+            logs = {**logs, **self._memory_values()}
+        super().log(logs, *args, **kwargs)
+
+    def _memory_values(self) -> dict[str, float]:
+        if self._report is not None:
+            return self._report.log_values()
+        if self._log_reader is None:
+            self._log_reader = LogReader(self.args.device)
+        return self._log_reader.values()
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         with self._phase("resume"):

@@ -193,6 +193,13 @@ class AllocatorPhases:
         )
         return reading
 
+    def maxima(self) -> dict[str, int] | None:
+        """The largest values up to now and the bytes that are reserved, in one reading."""
+        last = self.edge()
+        if last is None:
+            return None
+        return {**self._peaks.overall.maxima, "reserved_bytes": last.reserved_bytes}
+
     def peaks(self) -> AllocatorPeaks | None:
         """The peaks up to now, this instant included; None where ``unavailable``."""
         last = self.edge()

@@ -114,6 +114,10 @@ class Monitor:
             raise RuntimeError("the monitor has not been started; call start() first")
         return self._report
 
+    def log_values(self) -> dict[str, float]:
+        """What a line of a training log shows of now; nothing before start() and after stop()."""
+        return {} if self._run is None else self._run.log_values()
+
     def begin_phase(self, name: str) -> None:
         """Marks a phase's beginning where a with-block does not fit, such as in callbacks."""
         self._running().begin_phase(name)

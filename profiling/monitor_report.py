@@ -48,6 +48,10 @@ class RunningStatistics:
         self._max = value if first else max(self._max, value)
         self._last = value
 
+    def totals(self) -> tuple[float, int]:
+        """The sum of the samples and their number, so that a later mean can be of new ones."""
+        return self._sum, self._num_samples
+
     def result(self) -> SeriesStatistics:
         assert self._num_samples > 0, "a series exists from its first sample on"
         return SeriesStatistics(

@@ -13,6 +13,7 @@ from time import perf_counter, process_time, thread_time
 from typing import Literal
 
 from memrt.profiling.allocator import AllocatorPeaks, AllocatorPhases, Reconciliation, reconcile
+from memrt.profiling.log_values import SinceLastLine, allocator_values, rss_values
 from memrt.profiling.monitor_probes import DeviceProbe, HostProbe, PowerIntegral, values_of
 from memrt.profiling.monitor_report import (
     MonitorReport,
@@ -65,6 +66,7 @@ class MonitoredRun:
         self._peaks = PhasePeaks()
         self._series: dict[str, RunningStatistics] = {}
         self._power = PowerIntegral()
+        self._since_last_line = SinceLastLine()
         self._num_samples = 0
         self._sampler_cpu_seconds = 0.0
         self._failure: str | None = None
@@ -113,6 +115,20 @@ class MonitoredRun:
         with self._lock:
             self._fold_rss()
             self._peaks.end(name)
+
+    def log_values(self) -> dict[str, float]:
+        """What a line of a training log shows; the driver is not asked."""
+        largest = self._allocator.maxima()
+        with self._lock:
+            values = self._since_last_line.values(self._series)
+            values |= rss_values(self._fold_rss())
+        if largest is not None:
+            values |= allocator_values(
+                peak_allocated_bytes=largest["peak_allocated_bytes"],
+                peak_active_bytes=largest["peak_active_bytes"],
+                reserved_bytes=largest["reserved_bytes"],
+            )
+        return values
 
     def report(self) -> MonitorReport:
         """The report up to now, after one more sample."""

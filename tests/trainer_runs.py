@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from memrt import Trainer as MemrtTrainer
 from memrt import TrainingArguments
+from memrt.profiling.log_values import is_log_value
 from memrt.testing import FAMILIES, tiny_batches, tiny_model
 
 __all__ = [
@@ -114,10 +115,14 @@ def weights(trainer: Any) -> dict[str, Tensor]:
 
 
 def history(trainer: Any) -> list[dict[str, Any]]:
-    """What was logged, less the fields that a clock decides."""
+    """What was logged, less the fields that a clock or the machine decides."""
     clock = ("runtime", "per_second")
     return [
-        {key: value for key, value in entry.items() if not key.endswith(clock)}
+        {
+            key: value
+            for key, value in entry.items()
+            if not (key.endswith(clock) or is_log_value(key))
+        }
         for entry in trainer.state.log_history
     ]
 
