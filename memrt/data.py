@@ -12,20 +12,22 @@ that while they are made; nothing is written to disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
-import torch
-from torch import Tensor
 
+from memrt.class_examples import ClassExample, encode_classes
+from memrt.collator import Collator
 from memrt.data_files import TextStream, is_stream, require_file
+from memrt.data_labels import Labels, read_label_names
 from memrt.data_records import RecordFile, Row
-from memrt.data_settings import DataSettings, check_integer
+from memrt.data_settings import DataSettings
 from memrt.packing import (
+    Example,
     Source,
     SplitSummary,
     arrange,
@@ -36,7 +38,6 @@ from memrt.packing import (
     split,
 )
 from memrt.tokenization import (
-    IGNORED_LABEL,
     Encoded,
     byte_level_tokenizer,
     embedded_text,
@@ -53,11 +54,13 @@ __all__ = [
     "Collator",
     "DataSettings",
     "DataSummary",
+    "Labels",
     "PreparedData",
     "SplitSummary",
     "byte_level_tokenizer",
     "embedded_text",
     "load_examples",
+    "read_label_names",
 ]
 
 _ROWS_PER_CALL = 512
@@ -85,21 +88,33 @@ class DataSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedData:
-    """Columns ``input_ids``, ``attention_mask``, ``labels`` in both datasets."""
+    """Columns ``input_ids``, ``attention_mask``, ``labels`` in both datasets.
+
+    Of classes a label is an id, ``label_names`` has its name, and pairs that a tokenizer tells
+    apart have ``token_type_ids``.
+    """
 
     train: datasets.Dataset
     evaluation: datasets.Dataset | None
     summary: DataSummary
+    label_names: tuple[str, ...] | None = None
 
 
-def load_examples(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+def load_examples(
+    settings: DataSettings, tokenizer: PreTrainedTokenizerBase, *, labels: Labels | None = None
+) -> PreparedData:
     """Reads, checks, tokenises and splits; same settings, files and tokenizer, same datasets.
 
-    Every line of every file is checked before the first is tokenised.
+    Every record of every file is checked before the first is tokenised. ``labels``: of a
+    classifier; None takes those of the training data.
     """
-    sources = [_open(name, path, settings) for name, path in settings.paths()]
+    if settings.label_column is not None:
+        labels = labels or Labels(read_label_names(settings))
+    elif labels is not None:
+        raise ValueError("labels were given and label_column=None: name the column with them")
+    sources = [_open(name, path, settings, labels) for name, path in settings.paths()]
     _refuse_settings_without_effect(settings, sources)
-    parts = [list(_encode(source, settings, tokenizer)) for source in sources]
+    parts = [list(_encode(source, settings, tokenizer, labels)) for source in sources]
     for source, part in zip(sources, parts, strict=True):
         require_fit(part, source, settings)
     if settings.evaluation_fraction:
@@ -116,10 +131,11 @@ def load_examples(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) ->
             train=counts[0],
             evaluation=counts[1] if len(counts) > 1 else None,
         ),
+        label_names=None if labels is None else labels.names,
     )
 
 
-def _open(argument: str, path: str | None, settings: DataSettings) -> Source:
+def _open(argument: str, path: str | None, settings: DataSettings, labels: Labels | None) -> Source:
     source: Source
     if path is not None:
         require_file(path, argument)
@@ -127,6 +143,9 @@ def _open(argument: str, path: str | None, settings: DataSettings) -> Source:
         source = TextStream(path=path)
     else:
         source = RecordFile.open(path, settings)
+        if labels is not None:
+            labels.check(source)
+            return source
     source.check()
     return source
 
@@ -145,12 +164,13 @@ def _refuse_settings_without_effect(settings: DataSettings, sources: Sequence[So
 
 
 def _split_and_arrange(
-    examples: Sequence[Encoded], source: Source, settings: DataSettings
-) -> list[tuple[list[Encoded], SplitSummary]]:
+    examples: Sequence[Example], source: Source, settings: DataSettings
+) -> list[tuple[list[Example], SplitSummary]]:
     """A text is split by blocks, everything else by documents, so that no document is in both."""
     num_leftover_tokens = 0
     if isinstance(source, TextStream):
-        blocks = list(pack(examples, settings.sequence_length))
+        texts = [example for example in examples if isinstance(example, Encoded)]
+        blocks = list(pack(texts, settings.sequence_length))
         num_leftover_tokens = num_tokens(examples) - num_tokens(blocks)
         examples = blocks
     train_part, evaluation_part = split(examples, source, settings)
@@ -163,14 +183,17 @@ def _split_and_arrange(
 
 
 def _encode(
-    source: Source, settings: DataSettings, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Encoded]:
+    source: Source,
+    settings: DataSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Labels | None,
+) -> Iterator[Example]:
     if isinstance(source, TextStream):
         yield from encode_stream(tokenizer, source.pieces())
         return
     rows = source.rows()
     while batch := list(islice(rows, _ROWS_PER_CALL)):
-        for example in _encode_rows(source, batch, settings, tokenizer):
+        for example in _encode_rows(source, batch, settings, tokenizer, labels):
             if not example.is_trainable:
                 raise ValueError(
                     f"{source.path}, {source.place} {example.line}: no token to train on is left "
@@ -184,13 +207,22 @@ def _encode_rows(
     rows: Sequence[Row],
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerBase,
-) -> Iterator[Encoded]:
+    labels: Labels | None,
+) -> Iterator[Example]:
     lines = [row.line for row in rows]
     if source.kind == "text":
         yield from encode_documents(tokenizer, [row.values[0] for row in rows], lines)
     elif source.kind == "prompt_completion":
         prompts = [row.values[0] + settings.separator for row in rows]
         yield from encode_pairs(tokenizer, prompts, [row.values[1] for row in rows], lines)
+    elif labels is not None:
+        yield from encode_classes(
+            tokenizer,
+            [row.values[:-1] for row in rows],
+            labels.ids(source, [row.values[-1] for row in rows], lines),
+            lines,
+            cut_to=settings.sequence_length if settings.truncation == "cut" else None,
+        )
     else:
         from jinja2 import TemplateError
 
@@ -206,81 +238,27 @@ def _encode_rows(
                 ) from error
 
 
-def _dataset(examples: Sequence[Encoded]) -> datasets.Dataset:
+def _dataset(examples: Sequence[Example]) -> datasets.Dataset:
     """Shard by shard in memory: no cache in the user's folder, no progress bar."""
+    features = dict(_FEATURES)
+    if isinstance(examples[0], ClassExample):
+        features["labels"] = datasets.Value("int64")
+        # models take none for all zero
+        if any(isinstance(e, ClassExample) and e.type_ids.any() for e in examples):
+            features["token_type_ids"] = datasets.List(datasets.Value("int8"))
     shards = []
     for start in range(0, len(examples), _EXAMPLES_PER_SHARD):
         shard = examples[start : start + _EXAMPLES_PER_SHARD]
-        columns = {
-            "input_ids": [example.input_ids for example in shard],
-            "attention_mask": [np.ones(len(example), dtype=np.int8) for example in shard],
-            "labels": [example.labels for example in shard],
-        }
-        shards.append(datasets.Dataset.from_dict(columns, features=_FEATURES))
+        columns = {name: [_value(each, name) for each in shard] for name in features}
+        shards.append(datasets.Dataset.from_dict(columns, features=datasets.Features(features)))
     return datasets.concatenate_datasets(shards)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Collator:
-    """Pads a batch on the right to its longest example, or to ``length``; int64 tensors."""
-
-    pad_token_id: int
-    length: int | None = None
-
-    def __post_init__(self) -> None:
-        check_integer("pad_token_id", self.pad_token_id, smallest=0)
-        if self.length is not None:
-            check_integer("length", self.length, smallest=1)
-
-    @classmethod
-    def for_tokenizer(
-        cls, tokenizer: PreTrainedTokenizerBase, *, length: int | None = None
-    ) -> Collator:
-        """Pads with the pad token, else with EOS: attention and loss skip it either way."""
-        for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-            if token_id is not None:
-                return cls(pad_token_id=int(token_id), length=length)
-        raise ValueError(
-            "tokenizer.pad_token=None and tokenizer.eos_token=None: batches are padded with one "
-            "of them; set tokenizer.pad_token"
-        )
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        if not features:
-            raise ValueError("features=[]: a batch needs at least one example")
-        fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORED_LABEL}
-        missing = [name for name in fills if any(name not in feature for feature in features)]
-        if missing:
-            raise ValueError(
-                f"features: an example has no {', '.join(missing)}; load_examples makes all of "
-                f"{', '.join(fills)}"
-            )
-        width = self._width(max(len(feature["input_ids"]) for feature in features))
-        batch = {}
-        for name, fill in fills.items():
-            padded = torch.full((len(features), width), fill, dtype=torch.int64)  # [batch, width]
-            for row, feature in zip(padded, features, strict=True):
-                row[: len(feature[name])] = torch.as_tensor(feature[name], dtype=torch.int64)
-            batch[name] = padded
-        return batch
-
-    def batch_shape(self, dataset: datasets.Dataset, *, batch_size: int) -> tuple[int, int]:
-        """The largest ``(batch, tokens)`` of this dataset's batches: what memory is planned for."""
-        check_integer("batch_size", batch_size, smallest=1)
-        if len(dataset) == 0:
-            raise ValueError("dataset: it has no examples, so there is no batch")
-        longest = 0
-        for table in dataset.with_format("arrow").iter(batch_size=_EXAMPLES_PER_SHARD):
-            lengths = table["input_ids"].combine_chunks().value_lengths()
-            longest = max(longest, *lengths.to_pylist())
-        return min(batch_size, len(dataset)), self._width(longest)
-
-    def _width(self, longest: int) -> int:
-        if self.length is None:
-            return longest
-        if longest > self.length:
-            raise ValueError(
-                f"length={self.length}: an example has {longest} tokens; give length={longest} "
-                "or more, or None"
-            )
-        return self.length
+def _value(example: Example, name: str) -> Any:
+    if name == "attention_mask":
+        return np.ones(len(example), dtype=np.int8)
+    if name == "input_ids":
+        return example.input_ids
+    if isinstance(example, ClassExample):
+        return example.label if name == "labels" else example.type_ids
+    return example.labels

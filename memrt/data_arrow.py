@@ -6,11 +6,13 @@ Hub is downloaded once into the cache of ``datasets`` and read from there, mappe
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from memrt.data_files import HUB_DATASET
@@ -89,9 +91,12 @@ class HubTable:
         return _hub_dataset(self.name, self.configuration)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells whether it is the same data: the files, whose addresses hold the commit."""
-        files = sorted(self.dataset.info.download_checksums or ())
-        return {"rows": len(self.dataset), "files": files}
+        """What tells whether it is the same data: rows, and what the files of its cache hold."""
+        digests = []
+        for cached in self.dataset.cache_files:
+            with Path(cached["filename"]).open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        return {"rows": len(self.dataset), "sha256": digests}
 
     def column_names(self) -> list[str]:
         """Those of the dataset."""

@@ -47,6 +47,8 @@ class RecordFile:
     kind: Kind
     columns: tuple[str, ...]
     table: Table
+    classes: tuple[str, ...] | None = None
+    """Names that the table itself has for the numbers in its label column."""
 
     @property
     def name(self) -> str:
@@ -69,7 +71,8 @@ class RecordFile:
         [(kind, columns)] = named.items()
         if table.fixed_columns:
             _require_columns(table, names, columns, settings)
-        return cls(path=path, kind=kind, columns=columns, table=table)
+        classes = table.class_names(columns[-1]) if kind == "classification" else None
+        return cls(path=path, kind=kind, columns=columns, table=table, classes=classes)
 
     def check(self) -> int:
         """Reads every record, raises at the first wrong one, returns their number."""
@@ -85,10 +88,18 @@ class RecordFile:
                 if self.kind == "chat":
                     check_messages(value, here)
                 elif self.kind == "classification" and index == len(values) - 1:
-                    values[index] = label_text(value, here)
+                    values[index] = self._label(value, here)
                 else:
                     check_text(value, here)
             yield Row(number, tuple(values))
+
+    def _label(self, value: Any, where: str) -> str:
+        text = label_text(value, where)
+        if self.classes is None:
+            return text
+        if not text.isdecimal() or int(text) >= len(self.classes):  # -1 stands for none
+            raise ValueError(f"{where}: {text} is no label; those are {listed(self.classes)}")
+        return self.classes[int(text)]
 
 
 def _table(path: str, settings: DataSettings) -> Table:

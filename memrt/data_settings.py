@@ -164,13 +164,13 @@ class DataSettings:
                 f"packing=False: {streams[0]}={getattr(self, streams[0])!r} is one text stream and "
                 "always packed; leave packing out, or give a file with one example a record"
             )
+        if self.label_column is not None:
+            self._check_classes(streams)
         if self.named_columns() and len(streams) == len(self.paths()):
             raise ValueError(
                 f"columns are named, but path={self.path!r} is a text without columns; "
                 f"leave them out, or give {SOURCES}"
             )
-        if self.label_column is not None:
-            self._check_classes(streams)
         self._check_formats()
 
     def _check_classes(self, streams: list[str]) -> None:

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from memrt import registry
 from memrt.checkpoint_weights import Checkpoint, refuse_unknown
 from memrt.initialization import Skeleton, initialize
-from memrt.model_source import auto_class, resolve_config, weight_source
+from memrt.model_source import auto_class, brings_code, resolve_config, weight_source
 from memrt.profiling.fake import is_fake
 from memrt.structure import Facts, RunSettings, discover
 from memrt.weight_files import WeightFiles
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["auto_class", "load", "resolve_config"]
 
+_CODE_PACKAGE = "transformers_modules."
 _REMEDY = "use from_pretrained or from_config and memrt.prepare"
 
 
@@ -56,6 +57,7 @@ def load(
     seed: int | None = None,
     task: str | None = None,
     ledger: Ledger | None = None,
+    config: Any = None,
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> nn.Module:
@@ -65,8 +67,10 @@ def load(
     `config.json` or config object (random weights), or a Hub id. `dtype`: the weights', or None
     for the config's, else the checkpoint's. `task`: one of `memrt.model_source.TASKS`, or None for
     what the config names. `seed`: for the weights that are drawn; None draws from the global
-    generator. Buffers do not pass the strategies. Under `fake_tensors()` nothing is read or drawn.
-    Pass the `ledger` that is entered, and its weights account grows with each tensor.
+    generator. `config`: instead of the one beside the weights, such as one with other labels.
+    `trust_remote_code`: run Python code that the model brings; also where its config, made with
+    trust, is given. Buffers do not pass the strategies. Under `fake_tensors()` nothing is read or
+    drawn. Pass the `ledger` that is entered, and its weights account grows with each tensor.
     """
     stack = registry.parse_all(strategies)
     target = _resolved_device(device)
@@ -75,14 +79,23 @@ def load(
         context.enter_context(torch.no_grad())
         if ledger is not None:
             context.enter_context(ledger.phase("load"))
-        config = copy.deepcopy(resolve_config(path_or_config, trust_remote_code=trust_remote_code))
+        if config is None:
+            config = resolve_config(path_or_config, trust_remote_code=trust_remote_code)
+        config = copy.deepcopy(config)
         _refuse(config)
         auto = auto_class(config, task)
+        # code of its config has run already, which took trust
+        trusted = trust_remote_code or type(config).__module__.startswith(_CODE_PACKAGE)
+        problem = None if trusted else brings_code(config, auto)
+        if problem is not None:
+            raise ValueError(f"{path_or_config}: {problem}")
         source = weight_source(path_or_config, config)
         files = None if source is None else context.enter_context(WeightFiles(source))
+        if files is None:
+            config.name_or_path = ""  # nobody can look up random weights by a name
         chosen = _resolved_dtype(dtype, config, files)
         skeleton = Skeleton.build(
-            lambda: auto.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
+            lambda: auto.from_config(config, dtype=chosen, trust_remote_code=trusted)
         )
         parts = _parts(skeleton.model, stack)
         slots = WeightSlots(skeleton.model, parts, device=target, ledger=ledger)

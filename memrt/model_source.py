@@ -18,9 +18,12 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 __all__ = [
+    "CLASSIFICATION",
     "TASKS",
     "WeightSource",
     "auto_class",
+    "brings_code",
+    "class_names",
     "hub_answers",
     "resolve_config",
     "weight_source",
@@ -35,6 +38,8 @@ TASKS = {
     "question-answering": "AutoModelForQuestionAnswering",
     "image-classification": "AutoModelForImageClassification",
 }
+
+CLASSIFICATION = "sequence-classification"
 
 _CONNECT_SECONDS = 5.0
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -208,6 +213,21 @@ def auto_class(config: Any, task: str | None = None) -> Any:
             "build the model yourself and use memrt.prepare"
         )
     return getattr(transformers, TASKS[task or _usual_task(config, tasks)])
+
+
+def class_names(config: Any, task: str) -> set[str]:
+    """The model classes of a config for a task."""
+    return _tasks_of(config).get(task, set())
+
+
+def brings_code(config: Any, auto: Any) -> str | None:
+    """Why a model runs Python code of its own, or None where transformers has its class."""
+    if type(config) in auto._model_mapping:
+        return None
+    return (
+        f"model_type {config.model_type!r} brings its own Python code for {auto.__name__}; read "
+        "it, then pass trust_remote_code=True"
+    )
 
 
 def _usual_task(config: Any, tasks: dict[str, set[str]]) -> str:

@@ -18,14 +18,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from memrt.class_examples import ClassExample
 from memrt.data_files import TextStream
 from memrt.data_records import Kind, RecordFile
 from memrt.data_settings import DataSettings, Truncation
-from memrt.tokenization import IGNORED_LABEL, Encoded
+from memrt.tokenization import Encoded
 
-__all__ = ["SplitSummary", "arrange", "is_packed", "num_tokens", "pack", "require_fit", "split"]
+__all__ = [
+    "Example",
+    "SplitSummary",
+    "arrange",
+    "is_packed",
+    "num_tokens",
+    "pack",
+    "require_fit",
+    "split",
+]
 
 Source = TextStream | RecordFile
+Example = Encoded | ClassExample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +59,7 @@ class SplitSummary:
     num_leftover_tokens: int  # did not fill the last block
 
 
-def num_tokens(examples: Iterable[Encoded]) -> int:
+def num_tokens(examples: Iterable[Example]) -> int:
     return sum(len(example) for example in examples)
 
 
@@ -73,7 +84,7 @@ def pack(examples: Iterable[Encoded], length: int) -> Iterator[Encoded]:
         ids, labels, size = [joined_ids[full:]], [joined_labels[full:]], size - full
 
 
-def require_fit(examples: Sequence[Encoded], source: Source, settings: DataSettings) -> None:
+def require_fit(examples: Sequence[Example], source: Source, settings: DataSettings) -> None:
     """Refuses examples that are too long where nobody said what to do with them."""
     length = settings.sequence_length
     if is_packed(source, settings) or settings.truncation in ("cut", "drop"):
@@ -90,8 +101,8 @@ def require_fit(examples: Sequence[Encoded], source: Source, settings: DataSetti
 
 
 def split(
-    examples: Sequence[Encoded], source: Source, settings: DataSettings
-) -> tuple[list[Encoded], list[Encoded]]:
+    examples: Sequence[Example], source: Source, settings: DataSettings
+) -> tuple[list[Example], list[Example]]:
     """Train and evaluation, each in the order of the file and with at least one example."""
     if len(examples) < 2:
         found, remedy = "one record", "give evaluation_path, or more of them"
@@ -113,20 +124,23 @@ def split(
 
 
 def arrange(
-    examples: Sequence[Encoded], source: Source, settings: DataSettings, *, part: str = ""
-) -> tuple[list[Encoded], SplitSummary]:
+    examples: Sequence[Example], source: Source, settings: DataSettings, *, part: str = ""
+) -> tuple[list[Example], SplitSummary]:
     """Packs, cuts or drops; ``require_fit`` has been asked before. ``part``: of a split file."""
     length, packed = settings.sequence_length, is_packed(source, settings)
     truncation = None if packed else settings.truncation or "error"
     num_too_long = sum(len(example) > length for example in examples)
+    fitting: list[Example]
     if packed:
-        fitting = list(pack(examples, length))
+        fitting = list(pack((e for e in examples if isinstance(e, Encoded)), length))
     else:
         fitting = [e.cut(length) for e in examples if truncation == "cut" or len(e) <= length]
     kept = [example for example in fitting if example.is_trainable]
     if not kept:
         raise ValueError(_nothing_left_message(examples, fitting, source, settings, part))
     num_lost_tokens = num_tokens(examples) - num_tokens(fitting)
+    num_lost_tokens += sum(example.num_cut for example in examples)
+    num_too_long += sum(example.num_cut > 0 for example in examples)
     cut = truncation == "cut"
     return kept, SplitSummary(
         source=source.name,
@@ -136,7 +150,7 @@ def arrange(
         num_documents=1 if isinstance(source, TextStream) else len(examples),
         num_examples=len(kept),
         num_tokens=num_tokens(kept),
-        num_masked_tokens=sum(int((e.labels == IGNORED_LABEL).sum()) for e in kept),
+        num_masked_tokens=sum(example.num_masked for example in kept),
         longest_example=max(len(example) for example in kept),
         num_truncated_examples=num_too_long if cut else 0,
         num_truncated_tokens=num_lost_tokens if cut else 0,
@@ -147,8 +161,8 @@ def arrange(
 
 
 def _nothing_left_message(
-    examples: Sequence[Encoded],
-    fitting: Sequence[Encoded],
+    examples: Sequence[Example],
+    fitting: Sequence[Example],
     source: Source,
     settings: DataSettings,
     part: str,

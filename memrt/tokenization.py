@@ -71,6 +71,16 @@ class Encoded:
     def is_trainable(self) -> bool:
         return bool((self.labels[1:] != IGNORED_LABEL).any())
 
+    @property
+    def num_masked(self) -> int:
+        """Tokens that are not trained on."""
+        return int((self.labels == IGNORED_LABEL).sum())
+
+    @property
+    def num_cut(self) -> int:
+        """Tokens that were left out before: none, ``cut`` comes last."""
+        return 0
+
     def cut(self, length: int) -> Encoded:
         return Encoded(self.input_ids[:length], self.labels[:length], self.line)
 

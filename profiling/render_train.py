@@ -57,6 +57,12 @@ def _result(report: Report) -> Section:
         lines.append(
             f"- evaluation loss: {before}{_loss(report['evaluation_losses'][-1])} at the end"
         )
+    accuracies = report.get("evaluation_accuracies")
+    if accuracies:
+        before = "".join(
+            f"{each['accuracy']:.3f} at step {each['step']}, " for each in accuracies[:-1][:1]
+        )
+        lines.append(f"- evaluation accuracy: {before}{accuracies[-1]['accuracy']:.3f} at the end")
     if report["tokens_per_second"] is not None:
         lines.append(
             f"- tokens/s: {report['tokens_per_second']:,.0f} (padding, evaluation, saving and the "
@@ -144,14 +150,19 @@ def _losses(report: Report) -> Section:
         for index, step in enumerate(steps)
         if index % every == 0 or step in evaluation or step == steps[-1]
     ]
-    table = bytes_table(
-        [
-            Column(title="step", kind="count"),
-            Column(title="training loss", kind="loss"),
-            Column(title="evaluation loss", kind="loss"),
-        ],
-        [[step, training.get(step), evaluation.get(step)] for step in kept],
-    )
+    columns = [
+        Column(title="step", kind="count"),
+        Column(title="training loss", kind="loss"),
+        Column(title="evaluation loss", kind="loss"),
+    ]
+    rows = [[step, training.get(step), evaluation.get(step)] for step in kept]
+    accuracies = report.get("evaluation_accuracies")
+    if accuracies:
+        at = {each["step"]: each["accuracy"] for each in accuracies}
+        columns.append(Column(title="evaluation accuracy", kind="loss"))
+        for row in rows:
+            row.append(at.get(row[0]))
+    table = bytes_table(columns, rows)
     return Section(
         title="Losses",
         before=["Training loss: the mean since the log before."],
@@ -172,11 +183,20 @@ def _data(data: Report) -> Section:
             "without a trained token": part["num_untrainable_examples"],
         }
         told = "".join(f", {count:,} {what}" for what, count in lost.items() if count)
+        if part["kind"] == "classification":
+            lines.append(
+                f"- {name}: {part['num_examples']:,} examples of {part['kind']} from "
+                f"{part['source']}, {part['num_tokens']:,} tokens, longest "
+                f"{part['longest_example']}{told}"
+            )
+            continue
         packed = "packed" if part["packed"] else f"longest {part['longest_example']}"
         lines.append(
             f"- {name}: {part['num_examples']:,} examples of {part['kind']} from {part['source']}, "
             f"{part['num_tokens']:,} tokens, {part['num_masked_tokens']:,} masked, {packed}{told}"
         )
+    if data.get("label_names"):
+        lines.append(f"- labels: {', '.join(data['label_names'])}")
     return Section(title="Data", before=["\n".join(lines)], file_only=True)
 
 

@@ -209,7 +209,7 @@ def test_tokenizer_refuses(text: str, vocab_size: Any, message: str) -> None:
         ({"path": "a.csv", "text_pair_column": "b"}, "two texts go with a label"),
         ({"path": "a.csv", "label_column": "b", "packing": True}, "are never packed"),
         ({"path": "a.csv", "label_column": "text"}, "named twice in text, text"),
-        ({"path": "a.txt", "label_column": "b"}, "text without columns"),
+        ({"path": "a.txt", "label_column": "b"}, "label_column='b': path='a.txt' is a text with"),
         (
             {"path": "a.csv", "label_column": "b", "evaluation_path": "e.txt"},
             "evaluation_path='e.txt' is a text without columns",

@@ -75,13 +75,17 @@ class TrainConfig:
     @cached_property
     def data(self) -> DataSettings:
         """Checked as `DataSettings` checks itself; its seed is the run's unless it has one."""
+        return self.data_with()
+
+    def data_with(self, **changed: Any) -> DataSettings:
+        """The data's settings, some of them changed."""
         named = {field.name: self.values[f"data.{field.name}"] for field in fields_of(DataSettings)}
         if named["path"] == EMBEDDED:
             named["path"] = None
         if named["seed"] is None:
             named["seed"] = self.seed
         try:
-            return DataSettings(**named)
+            return DataSettings(**{**named, **changed})
         except ValueError as error:
             names_a_field = str(error).partition("=")[0] in named
             raise ValueError(f"data{'.' if names_a_field else ': '}{error}") from error

@@ -124,4 +124,7 @@ class ConsoleCallback(TrainerCallback):  # type: ignore[misc]
             parts += [] if speed is None else [f"{speed:,.0f} tokens/s"]
             self._console.print("  ".join(parts), markup=False)
         elif "eval_loss" in logs:
-            self._console.print(f"{place}  evaluation loss {logs['eval_loss']:.4f}", markup=False)
+            accuracy = logs.get("eval_accuracy")
+            told = "" if accuracy is None else f"  accuracy {accuracy:.4f}"
+            text = f"{place}  evaluation loss {logs['eval_loss']:.4f}{told}"
+            self._console.print(text, markup=False)

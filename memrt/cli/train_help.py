@@ -15,13 +15,14 @@ _WIDTH = 100
 _USAGE = """\
 usage: memrt train [FILE.yaml] [key=value ...] [--key value ...] [options]
 
-A full fine-tune of a causal language model: evaluation, checkpoints, resume, the memory predicted
-before and reported after. Leaves a plain transformers folder in output.
+A full fine-tune of a causal language model or a classifier of texts: evaluation, checkpoints,
+resume, the memory predicted before and reported after. Leaves a plain transformers folder.
 
   memrt train                                     the embedded Llama on the embedded text, 50 steps
   memrt train config.yaml                         settings from a file
   memrt train config.yaml training.learning_rate=1e-4 --strategies lisa int8_states
   memrt train --model ./my-model --data my.jsonl --lr 1e-5 --epochs 1 --output run
+  memrt train --model ./my-bert --task sequence-classification --data films.csv --label-column label
   memrt train config.yaml --resume
 
 Settings are a tree of two levels, in YAML as sections, on the command line as section.key=value or

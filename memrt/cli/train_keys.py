@@ -65,7 +65,7 @@ _ELSEWHERE = {
             "eval_use_gather_object",
             "eval_accumulation_steps",
         ),
-        "evaluation here is the loss alone; leave it out",
+        "evaluation here is the loss, and the accuracy of a classifier; leave it out",
     ),
     **dict.fromkeys(
         (
@@ -130,6 +130,17 @@ class _ModelSettings:
             "help": "A folder or hub id. Default: the model's own; for random weights without "
             "one, a byte-level BPE trained on the data."
         },
+    )
+    task: Literal["causal-lm", "sequence-classification"] | None = field(
+        default=None,
+        metadata={
+            "help": "Default: what the config names. sequence-classification puts a new head on a "
+            "model without one; the data then has a text and a label."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the Python code that a model brings with it; read it first."},
     )
 
 

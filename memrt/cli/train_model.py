@@ -1,8 +1,9 @@
-"""What `memrt train` trains: a causal language model and the tokenizer that goes with it."""
+"""What `memrt train` trains: a causal language model or a classifier, and its tokenizer."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -13,9 +14,17 @@ from memrt.cli.model import quiet_hub
 from memrt.cli.train_config import EMBEDDED, TrainConfig
 from memrt.data import byte_level_tokenizer
 from memrt.data_files import TextStream, is_stream, require_file
-from memrt.data_records import RecordFile
+from memrt.data_records import RecordFile, Row
 from memrt.embedded import MODEL_NAME, embedded_config
-from memrt.model_source import TASKS, auto_class, resolve_config, weight_source
+from memrt.model_source import (
+    CLASSIFICATION,
+    TASKS,
+    auto_class,
+    brings_code,
+    class_names,
+    resolve_config,
+    weight_source,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +35,9 @@ if TYPE_CHECKING:
 __all__ = ["TrainedModel", "tokenizer_for"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+# Positions of these begin behind the padding's id.
+_COUNT_FROM_PADDING = ("camembert", "roberta", "xlm-roberta", "xlm-roberta-xl")
 
 # Enough for the counts of a few ten thousand merges; the trainer holds every distinct word.
 _MAX_TOKENIZER_CHARACTERS = 50_000_000
@@ -40,6 +52,12 @@ class TrainedModel:
     config: Any
     name: str
     has_weights: bool
+    task: str = "causal-lm"
+    trusted: bool = False
+    """Whether Python code that the model brings may run."""
+
+    has_new_head: bool = False
+    """Whether a classifier's head is drawn for this run."""
 
     @classmethod
     def resolve(cls, settings: TrainConfig) -> TrainedModel:
@@ -51,33 +69,45 @@ class TrainedModel:
         else:
             source = embedded_config() if path == EMBEDDED else path
             name = MODEL_NAME if path == EMBEDDED else str(path)
+        trusted = bool(settings.values["model.trust_remote_code"])
         try:
             with quiet_hub():
-                config = resolve_config(source)
+                config = resolve_config(source, trust_remote_code=trusted)
         except ValueError as error:
-            raise ValueError(f"model.path={error}") from error
+            raise ValueError(f"model.path={_with_our_names(error)}") from error
+        task = _task(config, settings.values["model.task"], name)
+        has_weights = weight_source(source, config) is not None
+        own = set(getattr(config, "architectures", None) or ())
         found = cls(
             source=source,
             config=config,
             name=name,
-            has_weights=weight_source(source, config) is not None,
+            has_weights=has_weights,
+            task=task,
+            trusted=trusted,
+            has_new_head=task == CLASSIFICATION
+            and not (has_weights and own & class_names(config, task)),
         )
         found._check(settings.data.sequence_length)
         return found
 
     def _check(self, sequence_length: int) -> None:
-        task = {auto: task for task, auto in TASKS.items()}[auto_class(self.config).__name__]
-        if task != "causal-lm" or not hasattr(self.config, "vocab_size"):
-            raise ValueError(
-                f"model {self.name} is for {task}; `memrt train` trains causal language models, "
-                "others go through memrt.Trainer in Python"
-            )
+        problem = None if self.trusted else brings_code(self.config, self.auto_class)
+        if problem is not None:
+            raise ValueError(f"model {self.name}: {_with_our_names(problem)}")
         limit = getattr(self.config, "max_position_embeddings", None)
+        if isinstance(limit, int) and self.config.model_type in _COUNT_FROM_PADDING:
+            limit -= int(self.config.pad_token_id or 0) + 1
         if isinstance(limit, int) and sequence_length > limit:
             raise ValueError(
                 f"data.sequence_length={sequence_length}: the model has positions for {limit} "
                 "tokens (max_position_embeddings of its config); lower sequence_length"
             )
+
+    @property
+    def auto_class(self) -> Any:
+        """The transformers auto class for the task."""
+        return auto_class(self.config, self.task)
 
     def with_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> TrainedModel:
         """With the tokenizer's special tokens, where weights are random and no id means a thing."""
@@ -88,17 +118,49 @@ class TrainedModel:
             setattr(config, name, getattr(tokenizer, name))
         return replace(self, source=config, config=config)
 
-    def load(self, settings: TrainConfig) -> nn.Module:
-        """The model on the device where it trains, one tensor at a time."""
+    def load(self, settings: TrainConfig) -> tuple[nn.Module, list[str]]:
+        """The model on the device where it trains, one tensor at a time; and what to tell of it."""
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            model = self.build(settings, self.source, device=settings.arguments.device)
+        return model, [str(each.message) for each in told]
+
+    def build(self, settings: TrainConfig, source: Any, *, device: Any = None) -> nn.Module:
+        """The model with the strategies' weights, from its source or from its config alone."""
         from memrt.loading import load
 
         return load(
-            self.source,
+            source,
             settings.strategies,
+            config=self.config,
             dtype=settings.dtype,
-            device=settings.arguments.device,
+            device=device,
             seed=settings.seed,
+            task=self.task,
+            trust_remote_code=self.trusted,
         )
+
+
+def _task(config: Any, wanted: str | None, name: str) -> str:
+    """`model.task`, or what the config is for."""
+    if wanted is not None:
+        try:
+            auto_class(config, wanted)
+        except ValueError as error:
+            raise ValueError(f"model.{error}") from error
+        return wanted
+    found = {auto: task for task, auto in TASKS.items()}[auto_class(config).__name__]
+    if found not in ("causal-lm", CLASSIFICATION) or not hasattr(config, "vocab_size"):
+        raise ValueError(
+            f"model {name} is for {found}; `memrt train` trains causal language models and "
+            f"classifiers of text (model.task={CLASSIFICATION} puts a new head on it), others go "
+            "through memrt.Trainer in Python"
+        )
+    return found
+
+
+def _with_our_names(error: object) -> str:
+    return str(error).replace("pass trust_remote_code=True", "pass --trust-remote-code")
 
 
 def _inline_config(fields: dict[str, Any]) -> Any:
@@ -131,13 +193,13 @@ def _inline_config(fields: dict[str, Any]) -> Any:
 
 
 def tokenizer_for(
-    settings: TrainConfig, model: TrainedModel, *, checkpoint: Path | None
+    settings: TrainConfig, model: TrainedModel, data: DataSettings, *, checkpoint: Path | None
 ) -> tuple[PreTrainedTokenizerBase, str]:
     """The tokenizer, and how a report names it; a resumed run takes that of its checkpoint."""
     path = settings.values["model.path"]
     named = settings.values["model.tokenizer"] or _own(path)
     if named is not None:
-        tokenizer, name = _from_pretrained(named), named
+        tokenizer, name = _from_pretrained(named, model.trusted), named
     elif model.has_weights:
         raise ValueError(
             f"{model.name} has weights and no tokenizer; name the one that it was trained with: "
@@ -146,9 +208,9 @@ def tokenizer_for(
     else:
         name = "byte-level BPE trained on the data"
         if checkpoint is not None and _has_tokenizer(checkpoint):
-            tokenizer = _from_pretrained(str(checkpoint))
+            tokenizer = _from_pretrained(str(checkpoint), model.trusted)
         else:
-            tokenizer = byte_level_tokenizer(_text(settings.data), model.config.vocab_size)
+            tokenizer = byte_level_tokenizer(_text(data), model.config.vocab_size)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer {name} has {len(tokenizer)} tokens and {model.name} a vocabulary of "
@@ -173,12 +235,12 @@ def _own(path: str | None) -> str | None:
     return str(folder) if _has_tokenizer(folder) else None
 
 
-def _from_pretrained(name: str) -> Any:
+def _from_pretrained(name: str, trusted: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
         with quiet_hub():
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
     except (OSError, ValueError, ImportError) as error:
         text = " ".join(str(error).split())[:300]
         raise ValueError(f"no tokenizer could be loaded from {name!r}: {text}") from error
@@ -198,7 +260,7 @@ def _text(data: DataSettings) -> str:
         pieces = (
             text + "\n"
             for row in source.rows()
-            for text in chain.from_iterable(map(_strings, row.values))
+            for text in chain.from_iterable(map(_strings, _texts(source, row)))
         )
     found: list[str] = []
     num_characters = 0
@@ -208,6 +270,10 @@ def _text(data: DataSettings) -> str:
         if num_characters > _MAX_TOKENIZER_CHARACTERS:
             break
     return "".join(found)
+
+
+def _texts(source: RecordFile, row: Row) -> tuple[Any, ...]:
+    return row.values[:-1] if source.kind == "classification" else row.values
 
 
 def _strings(value: Any) -> list[str]:

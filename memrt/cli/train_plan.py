@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,16 +61,20 @@ def predict(
 
     arguments = settings.arguments
     batch = largest_batch(dataset, collator, batch_size=arguments.per_device_train_batch_size)
-    planned = plan(
-        model.config,
-        settings.strategies,
-        batch_size=batch["input_ids"].shape[0],
-        sequence_length=batch["input_ids"].shape[1],
-        dtype=settings.dtype,
-        max_grad_norm=arguments.max_grad_norm or 0.0,
-        window=[batch] * arguments.gradient_accumulation_steps,
-        loss_of=_loss(torch.bfloat16 if arguments.bf16 else None),
-    )
+    with warnings.catch_warnings():
+        # of torch, where PEFT copies a module that it trains whole
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        planned = plan(
+            # which class code that a model brings makes of a config is not in the config
+            partial(model.build, settings, model.config) if model.trusted else model.config,
+            settings.strategies,
+            batch_size=batch["input_ids"].shape[0],
+            sequence_length=batch["input_ids"].shape[1],
+            dtype=settings.dtype,
+            max_grad_norm=arguments.max_grad_norm or 0.0,
+            window=[batch] * arguments.gradient_accumulation_steps,
+            loss_of=_loss(torch.bfloat16 if arguments.bf16 else None),
+        )
     report = planned.to_json()
     report["shape"] = list(batch["input_ids"].shape)
     report["not_planned"] = _left_out(arguments)

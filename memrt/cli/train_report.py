@@ -45,6 +45,7 @@ def conditions_of(
     return conditions(
         settings={
             "model": model.name,
+            "task": model.task,
             "weights": "loaded" if model.has_weights else "random",
             "num_parameters": sum(p.numel() for p in trainer.model.parameters()),
             "data": data.summary.train.source,

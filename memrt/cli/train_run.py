@@ -14,6 +14,13 @@ from transformers import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from memrt.checkpoint import TRAINER_STATE_NAME, load_state
+from memrt.cli.train_classes import (
+    classifier_of,
+    data_for,
+    frozen_head,
+    metrics_for,
+    without_unused_types,
+)
 from memrt.cli.train_console import ConsoleCallback, Intervals, Speed
 from memrt.cli.train_folder import RunFolder
 from memrt.cli.train_model import TrainedModel, tokenizer_for
@@ -22,6 +29,7 @@ from memrt.cli.train_report import conditions_of, deliver, read_counted
 from memrt.data import Collator, load_examples
 from memrt.data_files import require_file
 from memrt.memory_report import NUM_STEPS, losses_of
+from memrt.model_source import CLASSIFICATION
 from memrt.profiling.render_train import peak_line
 from memrt.profiling.report import SCHEMA
 from memrt.trainer import Trainer
@@ -31,6 +39,8 @@ if TYPE_CHECKING:
     from memrt.cli.train_words import Words
 
 __all__ = ["TrainRun"]
+
+_MOST_LABELS = 10
 
 
 class TrainRun:
@@ -76,12 +86,7 @@ class TrainRun:
     def _prepare(self, folder: RunFolder) -> None:
         settings = self.settings
         self._model = TrainedModel.resolve(settings)
-        self._tokenizer, self._tokenizer_name = tokenizer_for(
-            settings, self._model, checkpoint=folder.checkpoint
-        )
-        self._model = self._model.with_tokens_of(self._tokenizer)
-        self._data = load_examples(settings.data, self._tokenizer)
-        self._collator = Collator.for_tokenizer(self._tokenizer)
+        self._load_data(folder)
         train, evaluation = self._data.train, self._data.evaluation
         held_out = "" if evaluation is None else f", {len(evaluation):,} to evaluate on"
         _say(f"{self._model.name}; {len(train):,} examples to train on{held_out}")
@@ -93,16 +98,46 @@ class TrainRun:
         else:
             _say(peak_line(self._predicted))
 
+    def _load_data(self, folder: RunFolder) -> None:
+        """The tokenizer, the examples, and a model with what of these its config holds."""
+        data = data_for(self.settings, self._model.task)
+        self._tokenizer, self._tokenizer_name = tokenizer_for(
+            self.settings, self._model, data, checkpoint=folder.checkpoint
+        )
+        self._model = self._model.with_tokens_of(self._tokenizer)
+        self._collator = Collator.for_tokenizer(self._tokenizer)
+        if not self._is_classifier:
+            self._data = load_examples(data, self._tokenizer)
+            return
+        self._model, labels = classifier_of(self._model, data, self._tokenizer, self._collator)
+        examples = load_examples(data, self._tokenizer, labels=labels)
+        self._data = without_unused_types(examples, self._model.config)
+        names = ", ".join(labels.names[:_MOST_LABELS])
+        more = "" if len(labels.names) <= _MOST_LABELS else ", ..."
+        _say(f"classification; {len(labels.names)} labels: {names}{more}")
+
+    @property
+    def _is_classifier(self) -> bool:
+        return self._model.task == CLASSIFICATION
+
     def _trainer(self) -> tuple[Trainer, Speed, ConsoleCallback]:
         settings, arguments = self.settings, self.settings.arguments
+        model, notes = self._model.load(settings)
+        for note in notes:
+            _say(f"note: {note}")
         trainer = Trainer(
-            model=self._model.load(settings),
+            model=model,
             args=arguments,
             train_dataset=self._data.train,
             eval_dataset=self._data.evaluation,
             data_collator=self._collator,
             processing_class=self._tokenizer,
+            **metrics_for(self._model.task),
         )
+        if self._is_classifier:
+            # its loss is a mean over each micro-batch, whatever the number of items it is told
+            trainer.loss_is_scaled_for_ga = False
+            self._tell_of_frozen_head(model)
         speed = Speed(num_counted_steps=NUM_STEPS if arguments.memory_report else 0)
         console = ConsoleCallback(speed, with_bar=not arguments.disable_tqdm)
         for theirs in (PrinterCallback, ProgressCallback):  # they write to stdout
@@ -110,6 +145,15 @@ class TrainRun:
         for ours in (Intervals(), speed, console):
             trainer.add_callback(ours)
         return trainer, speed, console
+
+    def _tell_of_frozen_head(self, model: Any) -> None:
+        frozen = frozen_head(model)
+        if frozen and self._model.has_new_head:
+            _say(
+                f"note: the new head ({', '.join(frozen)}) stays as it was drawn, for the "
+                "strategies freeze it; with peft: peft(options={'modules_to_save': "
+                f"['{frozen[0].partition('.')[0]}']}})"
+            )
 
     # ---------------------------------------------------------------- the run
 
@@ -162,6 +206,11 @@ class TrainRun:
     def _report(self, trainer: Trainer, speed: Speed, folder: RunFolder) -> dict[str, Any]:
         losses = losses_of(trainer.state.log_history, "loss")
         evaluations = losses_of(trainer.state.log_history, "eval_loss")
+        accuracies = [
+            {"step": log["step"], "accuracy": log["eval_accuracy"]}
+            for log in trainer.state.log_history
+            if "eval_accuracy" in log
+        ]
         return {
             "schema": SCHEMA,
             "kind": "train",
@@ -172,10 +221,12 @@ class TrainRun:
             "losses": losses,
             "evaluation_loss": evaluations[-1]["loss"] if evaluations else None,
             "evaluation_losses": evaluations,
+            "evaluation_accuracy": accuracies[-1]["accuracy"] if accuracies else None,
+            "evaluation_accuracies": accuracies,
             "steps": trainer.state.global_step,
             "resumed_from": None if folder.checkpoint is None else str(folder.checkpoint),
             "output": str(folder.path),
-            "data": self._data.summary.as_dict(),
+            "data": {**self._data.summary.as_dict(), "label_names": self._data.label_names},
         }
 
 
