@@ -14,13 +14,30 @@ from memrt.profiling.accounts import Account
 from memrt.profiling.render_sections import account_title
 from memrt.profiling.report import format_bytes
 
-__all__ = ["ACCOUNTS", "Areas", "Band", "Bar", "Bars", "Figure", "Lines", "figures", "ticks"]
+__all__ = [
+    "ACCOUNTS",
+    "KEYS",
+    "Areas",
+    "Band",
+    "Bar",
+    "Bars",
+    "Figure",
+    "Lines",
+    "figures",
+    "key_title",
+    "ticks",
+]
 
 Report = Mapping[str, Any]
 
 ACCOUNTS = tuple(account.value for account in Account)
 TOTAL = "total"
 """The key of a bar that is not split into accounts."""
+SAVED = "saved"
+ADDED = "added"
+KEYS = (*ACCOUNTS, TOTAL, SAVED, ADDED)
+"""What a segment can stand for, from left to right."""
+_TITLES = {TOTAL: "what remains", SAVED: "what it saves", ADDED: "what it adds"}
 
 _MAX_OWNERS = 12
 _UNITS = (("B", 1), ("KiB", 2**10), ("MiB", 2**20), ("GiB", 2**30))
@@ -34,6 +51,8 @@ class Bar:
     segments: Sequence[tuple[str, float]]
     text: str
     """The whole as text, beside the bar."""
+    mark: float | None = None
+    """A second reading of the same quantity, shown as a line across the bar."""
 
     @property
     def total(self) -> float:
@@ -49,6 +68,13 @@ class Bars:
     note: str
     bars: Sequence[Bar]
     in_bytes: bool = True
+    mark: str = ""
+    """What the bars' marks stand for."""
+
+    @property
+    def longest(self) -> float:
+        """The scale's end."""
+        return max((max(bar.total, bar.mark or 0) for bar in self.bars), default=0) or 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +111,17 @@ class Lines:
 Figure = Bars | Areas | Lines
 
 
+def key_title(key: str) -> str:
+    """A segment's key as the legend says it."""
+    return _TITLES.get(key) or account_title(key)
+
+
 def figures(report: Report) -> list[Figure]:
     """The pictures of a report, in the order of the page; those without data are left out."""
     makers: dict[str, Sequence[Callable[[Report], Figure | None]]] = {
         "compare": (_stacks, _speeds, _stack_losses),
-        "plan": (_plan, _device_range, _owners),
-        "profile": (_sources, _over_time, _owners, _losses, _step_times),
+        "plan": (_plan, _waterfall, _device_range, _owners),
+        "profile": (_sources, _waterfall, _over_time, _owners, _losses, _step_times),
         "train": (_sources, _over_time, _owners, _losses),
     }
     made = (make(report) for make in makers[report["kind"]])
@@ -157,6 +188,41 @@ def _plan(report: Report) -> Bars:
         note="The maxima come at different instants, so that they add up to more than the peak.",
         bars=[bar for bar in bars if bar is not None],
     )
+
+
+def _waterfall(report: Report) -> Bars | None:
+    """The peak with one strategy after the other; what each took away is drawn to its right."""
+    rows = report.get("waterfall") or []
+    if not any(row["peak_bytes"] is not None for row in rows):
+        return None
+    measured = any(row.get("measured_peak_bytes") is not None for row in rows)
+    stuck = any(row["peak_bytes"] is None for row in rows)
+    return Bars(
+        title="What every strategy saves",
+        note="From no strategy to all of them, in the order in which they are attached, each with "
+        "those above it. What one saves depends on that order; the table has what the whole stack "
+        "would take more without it."
+        + (" The dashed line is the peak that was measured." if measured else "")
+        + (" A stack that cannot run has no bar; the table says why." if stuck else ""),
+        bars=[_of_step(row, first=index == 0) for index, row in enumerate(rows)],
+        mark="measured" if measured else "",
+    )
+
+
+def _of_step(row: Report, *, first: bool) -> Bar:
+    peak, step, measured = row["peak_bytes"], row["step_bytes"], row.get("measured_peak_bytes")
+    label = "no strategy" if first else f"+ {row['strategy']}"
+    if peak is None:
+        return Bar(label=label, segments=[], text="cannot run so", mark=measured)
+    text = format_bytes(peak)
+    segments: list[tuple[str, float]] = [(TOTAL, peak)]
+    if step:
+        key, sign = (SAVED, "−") if step > 0 else (ADDED, "+")
+        segments = [(TOTAL, peak - max(0, -step)), (key, abs(step))]
+        text = f"{text} ({sign}{format_bytes(abs(step))})"
+    if measured is not None:
+        text = f"{text}, measured {format_bytes(measured)}"
+    return Bar(label=label, segments=segments, text=text, mark=measured)
 
 
 def _device_range(report: Report) -> Bars:

@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from memrt.profiling.render_figures import ACCOUNTS, TOTAL, Areas, Bars, Lines, ticks
+from memrt.profiling.render_figures import (
+    ACCOUNTS,
+    KEYS,
+    SAVED,
+    TOTAL,
+    Areas,
+    Bar,
+    Bars,
+    Lines,
+    key_title,
+    ticks,
+)
 from memrt.profiling.render_html_style import CURVES
 from memrt.profiling.render_sections import account_title
 from memrt.profiling.report import format_bytes
@@ -30,11 +41,19 @@ def clean(text: str) -> str:
     return escape(kept.encode("utf-8", "replace").decode())  # a path may hold lone surrogates
 
 
-def _legend(keys: Sequence[str]) -> str:
-    items = "".join(
-        f'<li style="--c:var(--{key})"><i></i>{clean(account_title(key))}</li>' for key in keys
-    )
-    return f"<ul class=legend>{items}</ul>" if items else ""
+def _legend(keys: Sequence[str], *, mark: str = "") -> str:
+    items = [
+        f'<li{_kind(key)} style="--c:var(--{key})"><i></i>{clean(key_title(key))}</li>'
+        for key in keys
+    ]
+    if mark:
+        items.append(f"<li class=mark><i></i>{clean(mark)}</li>")
+    return f"<ul class=legend>{''.join(items)}</ul>" if items else ""
+
+
+def _kind(key: str) -> str:
+    """What was saved is not there: it is drawn with stripes."""
+    return " class=saved" if key == SAVED else ""
 
 
 # ---------------------------------------------------------------- bars
@@ -42,32 +61,44 @@ def _legend(keys: Sequence[str]) -> str:
 
 def bars_html(figure: Bars) -> str:
     """Bars as boxes, each with its label and number above it."""
-    longest = max((bar.total for bar in figure.bars), default=0) or 1
     keys = {key for bar in figure.bars for key, value in bar.segments if value}
-    rows = []
-    for bar in figure.bars:
-        segments = "".join(
-            f'<span style="--c:var(--{key});width:{value / longest * 100:.3f}%" '
-            f'title="{clean(_tooltip(key, value, in_bytes=figure.in_bytes))}"></span>'
-            for key, value in bar.segments
-            if value
-        )
-        rows.append(
-            f"<div><div class=bar-label><span>{clean(_spaced(bar.label))}</span>"
-            f"<b>{clean(bar.text)}</b></div><div class=bar>{segments}</div></div>"
-        )
-    legend = _legend([key for key in ACCOUNTS if key in keys])
+    plain = keys <= {TOTAL}
+    rows = [
+        f"<div><div class=bar-label><span>{clean(_spaced(bar.label))}</span>"
+        f"<b>{clean(bar.text)}</b></div><div class=bar>{_segments(bar, figure)}</div></div>"
+        for bar in figure.bars
+    ]
+    split = [key for key in KEYS if key in keys and not (key == TOTAL and keys & set(ACCOUNTS))]
+    legend = _legend([] if plain else split, mark=figure.mark)
     return f"{legend}\n<div class=bars>\n" + "\n".join(rows) + "\n</div>"
 
 
+def _segments(bar: Bar, figure: Bars) -> str:
+    drawn = "".join(
+        f'<span{_kind(key)} style="--c:var(--{key});width:{value / figure.longest * 100:.3f}%" '
+        f'title="{clean(_tooltip(key, value, in_bytes=figure.in_bytes))}"></span>'
+        for key, value in bar.segments
+        if value
+    )
+    if bar.mark is None:
+        return drawn
+    title = f"{figure.mark}: {_number(bar.mark, in_bytes=figure.in_bytes)}"
+    left = bar.mark / figure.longest * 100
+    return f'{drawn}<b style="left:min({left:.3f}%,100% - 1px)" title="{clean(title)}"></b>'
+
+
 def _tooltip(key: str, value: float, *, in_bytes: bool) -> str:
-    number = format_bytes(value) if in_bytes else f"{value:,.0f}"
-    return number if key == TOTAL else f"{account_title(key)}: {number}"
+    number = _number(value, in_bytes=in_bytes)
+    return number if key == TOTAL else f"{key_title(key)}: {number}"
+
+
+def _number(value: float, *, in_bytes: bool) -> str:
+    return format_bytes(value) if in_bytes else f"{value:,.0f}"
 
 
 def _spaced(label: str) -> str:
     """A stack breaks at its pluses."""
-    return label.replace("+", " + ")
+    return " ".join(label.replace("+", " + ").split())
 
 
 # ---------------------------------------------------------------- areas

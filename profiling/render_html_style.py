@@ -21,6 +21,8 @@ LIGHT = {
     "activations": "#a8448c",
     "workspace": "#8a6d00",
     "total": "#6b7480",
+    "saved": "#008060",
+    "added": "#c25100",
 }
 DARK = {
     "page": "#14171a",
@@ -34,6 +36,8 @@ DARK = {
     "activations": "#e08cc6",
     "workspace": "#d9bd4a",
     "total": "#98a1ac",
+    "saved": "#2fc79a",
+    "added": "#f0914a",
 }
 
 CURVES = ("weights", "gradients", "optimizer", "activations", "workspace", "total")
@@ -68,12 +72,20 @@ dl.key dd { margin: 0; font-size: 1.2rem; font-weight: 600; font-variant-numeric
   background: var(--c); }
 .legend svg { flex: none; width: 1.6rem; height: .85rem; }
 .bars { display: grid; grid-template-columns: minmax(0, 1fr); gap: .55rem; }
-.bar-label { display: flex; justify-content: space-between; gap: 1rem; font-size: .875rem; }
-.bar-label b { font-weight: 600; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.bar { display: flex; height: 1.1rem; background: var(--band); border-radius: .2rem;
-  overflow: hidden; }
+.bar-label { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem;
+  font-size: .875rem; }
+.bar-label b { font-weight: 600; margin-left: auto; text-align: right;
+  font-variant-numeric: tabular-nums; }
+.bar { display: flex; position: relative; height: 1.1rem; background: var(--band);
+  border-radius: .2rem; overflow: hidden; }
 .bar span { background: var(--c); min-width: 1px; }
 .bar span + span { border-left: 1px solid var(--page); }
+.bar .saved, .legend .saved i { background: repeating-linear-gradient(135deg, var(--c) 0 3px,
+  var(--band) 3px 6px); box-shadow: inset 0 0 0 1px var(--c); }
+.bar b { position: absolute; top: 0; bottom: 0; width: 0; transform: translateX(-1px);
+  border-left: 2px dashed var(--text); }
+.legend .mark i { width: 0; background: none; border-left: 2px dashed var(--text);
+  border-radius: 0; margin: 0 .4rem; }
 .plot { display: grid; grid-template-columns: 4.4rem minmax(0, 1fr); gap: .2rem .4rem;
   font-size: .75rem; color: var(--quiet); }
 .plot .y { position: relative; font-variant-numeric: tabular-nums; }

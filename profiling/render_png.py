@@ -13,12 +13,15 @@ from typing import Any
 
 from memrt.profiling.render_figures import (
     ACCOUNTS,
+    KEYS,
+    SAVED,
     TOTAL,
     Areas,
     Bars,
     Figure,
     Lines,
     figures,
+    key_title,
     ticks,
 )
 from memrt.profiling.render_html_style import CURVES, DARK, LIGHT
@@ -29,6 +32,7 @@ __all__ = ["can_draw", "to_png"]
 _WIDTH_INCHES = 10.0
 _DPI = 120
 _LABEL_CHARACTERS = 44
+_CHARACTER_INCHES = 0.07
 
 
 def can_draw() -> bool:
@@ -118,24 +122,55 @@ def _short(label: str) -> str:
 def _bars(ax: Any, figure: Bars, colours: Mapping[str, str]) -> None:
     rows = range(len(figure.bars))
     left = [0.0] * len(figure.bars)
-    for key in (*ACCOUNTS, TOTAL):
+    split = any(key not in (*ACCOUNTS, TOTAL) for bar in figure.bars for key, _ in bar.segments)
+    for key in KEYS:
         widths = [sum(value for name, value in bar.segments if name == key) for bar in figure.bars]
         if any(widths):
-            label = None if key == TOTAL else account_title(key)
+            label = None if key == TOTAL and not split else key_title(key)
             style = {"edgecolor": colours["page"], "linewidth": 0.8, "height": 0.7}
-            ax.barh(rows, widths, left=left, color=colours[key], label=label, **style)
+            ground = colours["page"] if key == SAVED else colours[key]
+            if key == SAVED:  # it is not there any more
+                style = {**style, "edgecolor": colours[key], "hatch": "////"}
+            ax.barh(rows, widths, left=left, color=ground, label=label, **style)
         left = [x + width for x, width in zip(left, widths, strict=True)]
-    longest = max(left, default=0) or 1
+    longest = figure.longest
+    _marks(ax, figure, colours)
     for row, (bar, end) in enumerate(zip(figure.bars, left, strict=True)):
-        place = (end + 0.01 * longest, row)
+        place = (max(end, bar.mark or 0) + 0.01 * longest, row)
         ax.annotate(bar.text, place, va="center", fontsize=9, color=colours["text"])
     ax.set_yticks(rows, [_short(bar.label) for bar in figure.bars], color=colours["text"])
     ax.invert_yaxis()
-    ax.set_xlim(0, longest * 1.14)  # room for the number beside the longest
+    room = _room(figure)
+    ax.set_xlim(0, room)
     scale = ticks(0, longest, in_bytes=figure.in_bytes)
-    shown = [(value, text) for value, text in scale if value <= longest * 1.14]
+    shown = [(value, text) for value, text in scale if value <= room]
     ax.set_xticks([value for value, _ in shown], [text for _, text in shown])
     _legend(ax, colours, num_columns=len(ACCOUNTS))
+
+
+def _room(figure: Bars) -> float:
+    """The axis's end: every bar's number has to fit beside it."""
+    characters = _WIDTH_INCHES * 0.65 / _CHARACTER_INCHES
+    ends = [
+        max(bar.total, bar.mark or 0) / max(0.4, 0.98 - len(bar.text) / characters)
+        for bar in figure.bars
+    ]
+    return max([1.14 * figure.longest, *ends])
+
+
+def _marks(ax: Any, figure: Bars, colours: Mapping[str, str]) -> None:
+    """A dashed line across every bar that has a second reading."""
+    marked = [(row, bar.mark) for row, bar in enumerate(figure.bars) if bar.mark is not None]
+    if marked:
+        ax.vlines(
+            [mark for _, mark in marked],
+            [row - 0.42 for row, _ in marked],
+            [row + 0.42 for row, _ in marked],
+            colors=colours["text"],
+            linestyles="dashed",
+            linewidth=1.4,
+            label=figure.mark,
+        )
 
 
 def _areas(ax: Any, figure: Areas, colours: Mapping[str, str]) -> None:

@@ -17,9 +17,35 @@ import pytest
 from memrt.profiling.render_figures import Areas, Bars, Lines, figures, ticks
 from memrt.profiling.render_html import to_html
 from memrt.profiling.render_html_style import DARK, LIGHT, STYLE
-from tests.profiling.reports import KINDS, MIB, accounts, monitor, profile
+from tests.profiling.reports import KINDS, MIB, NASTY, accounts, monitor, plan, profile
 
 _VOID = {"meta", "wbr", "br"}
+
+
+def step(strategy: str, peak: int | None, step: int | None, **values: Any) -> dict[str, Any]:
+    scaled = {key: None if value is None else value * MIB for key, value in values.items()}
+    return {
+        "strategy": strategy,
+        "peak_bytes": None if peak is None else peak * MIB,
+        "step_bytes": None if step is None else step * MIB,
+        "saved_bytes": None if step is None else step * MIB,
+        "reason": None,
+        **scaled,
+    }
+
+
+WATERFALL = [
+    step("none", 100, None, measured_peak_bytes=104),
+    {**step("nf4(double_quant=True)", None, None), "reason": f"nothing is left to train {NASTY}"},
+    step("peft(method='lora', rank=16, targets='all-linear')", 48, None, measured_peak_bytes=50),
+    step("activation_checkpoint", 20, 28, measured_peak_bytes=19),
+    step("offload_activations(min_bytes=0)", 22, -2, measured_peak_bytes=None),
+]
+PICTURED = {
+    **KINDS,
+    "plan with a waterfall": lambda: {**plan(), "waterfall": WATERFALL},
+    "profile with a waterfall": lambda: profile(waterfall=WATERFALL),
+}
 
 
 class Page(HTMLParser):
@@ -56,9 +82,9 @@ class Page(HTMLParser):
         )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PICTURED)
 def test_a_page_is_well_formed_and_loads_nothing(kind: str) -> None:
-    text = to_html(KINDS[kind]())
+    text = to_html(PICTURED[kind]())
     page = Page(text)
     names = {tag for tag, _ in page.tags}
     assert not names & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
@@ -75,22 +101,22 @@ def test_a_page_is_well_formed_and_loads_nothing(kind: str) -> None:
     text.encode("utf-8")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PICTURED)
 def test_names_are_shown_and_change_nothing(kind: str) -> None:
-    text = to_html(KINDS[kind]())
+    text = to_html(PICTURED[kind]())
     shown = "".join(Page(text).text)
     assert "<script>alert(1)</script>" in shown
     assert "\u202e" not in text
     assert "\x00" not in text
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PICTURED)
 def test_every_picture_has_a_heading_and_its_words(kind: str) -> None:
-    page = Page(to_html(KINDS[kind]()))
+    page = Page(to_html(PICTURED[kind]()))
     identifiers = [a["id"] for tag, a in page.tags if tag == "h2" and "id" in a]
     pictures = [a["aria-labelledby"] for tag, a in page.tags if tag == "figure"]
     assert identifiers == pictures
-    assert len(pictures) == len(figures(KINDS[kind]())) >= 3
+    assert len(pictures) == len(figures(PICTURED[kind]())) >= 3
     assert page.count("figcaption") == len(pictures)
     images = [a for tag, a in page.tags if tag == "svg" and a.get("role") == "img"]
     assert all(a["aria-label"] for a in images)
@@ -117,6 +143,32 @@ def test_what_the_driver_saw_stands_beside_it() -> None:
         "allocator": 20.0,
         "NVML": 300.0,
     }
+
+
+def test_the_waterfall_shows_what_every_strategy_takes_away() -> None:
+    (figure,) = [f for f in figures(profile(waterfall=WATERFALL)) if "strategy saves" in f.title]
+    assert isinstance(figure, Bars)
+    none, stuck, _, checkpoint, worse = figure.bars
+    assert (none.label, none.segments) == ("no strategy", [("total", 100 * MIB)])
+    assert (stuck.segments, stuck.text) == ([], "cannot run so")
+    assert checkpoint.segments == [("total", 20 * MIB), ("saved", 28 * MIB)]
+    assert checkpoint.text == "20.0 MiB (−28.0 MiB), measured 19.0 MiB"
+    # the strategy before it left 20: two more are an addition on top of them
+    assert worse.segments == [("total", 20 * MIB), ("added", 2 * MIB)]
+    assert worse.text == "22.0 MiB (+2.0 MiB)"
+    assert figure.longest == 104 * MIB
+    text = to_html(profile(waterfall=WATERFALL))
+    bar = re.search(r"<span>\+ activation_checkpoint</span>.*?<div class=bar>(.*?)</div>", text)
+    assert bar is not None
+    widths = [float(w) for w in re.findall(r"width:([\d.]+)%", bar[1])]
+    assert widths == pytest.approx([20 / 104 * 100, 28 / 104 * 100], abs=1e-3)
+    assert f'left:min({19 / 104 * 100:.3f}%,100% - 1px)" title="measured: 19.0 MiB"' in bar[1]
+    table = text.split("What every strategy saves (MiB)</h2>")[1].split("</table>")[0]
+    assert "<th scope=col class=number>measured</th>" in table
+    unmeasured = [{**row, "measured_peak_bytes": None} for row in WATERFALL]
+    plain = to_html({**plan(), "waterfall": unmeasured})
+    assert "measured</th>" not in plain
+    assert "dashed line" not in plain
 
 
 def test_the_areas_are_stacked_up_to_the_peak() -> None:
@@ -193,7 +245,7 @@ def test_colours_can_be_told_from_their_ground(colours: dict[str, str]) -> None:
     for ground in ("page", "band"):
         for text in ("text", "quiet"):
             assert _contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
-        for name in (*accounts(), "total"):
+        for name in (*accounts(), "total", "saved", "added"):
             assert _contrast(colours[name], colours[ground]) >= 3, (name, ground)
     assert all(f"--{name}: {value};" in STYLE for name, value in colours.items())
 
@@ -215,7 +267,7 @@ def timeline_of(count: int) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PICTURED)
 def test_in_a_real_browser(kind: str, tmp_path: Path) -> None:
     """Headless Chromium at phone and desk width, light and dark."""
     folder = os.environ.get("MEMRT_BROWSER", "")
@@ -226,7 +278,7 @@ def test_in_a_real_browser(kind: str, tmp_path: Path) -> None:
             "`npm install @sparticuz/chromium puppeteer-core` was run"
         )
     page = tmp_path / "report.html"
-    page.write_text(to_html(KINDS[kind]()), encoding="utf-8")
+    page.write_text(to_html(PICTURED[kind]()), encoding="utf-8")
     script = Path(__file__).with_name("browser_check.mjs")
     done = subprocess.run(
         [node, str(script), folder, str(page), str(tmp_path)],

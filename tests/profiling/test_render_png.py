@@ -9,13 +9,14 @@ import pytest
 from memrt.profiling import render_png
 from memrt.profiling.render_html_style import DARK
 from memrt.profiling.render_png import to_png
-from tests.profiling.reports import KINDS, profile
+from tests.profiling.reports import profile
+from tests.profiling.test_render_html import PICTURED
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PICTURED)
 def test_an_image_as_tall_as_its_figures(kind: str) -> None:
     pytest.importorskip("matplotlib")
-    image = to_png(KINDS[kind]())
+    image = to_png(PICTURED[kind]())
     assert image.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = struct.unpack(">II", image[16:24])
     assert width == 1200
