@@ -1,7 +1,8 @@
 """The Trainer's memory report: a ledger over the first optimizer steps, then a light monitor.
 
 `<output_dir>/memrt/report.json`, `.md` and `.html` are written when the ledger leaves, and again,
-with what the monitor saw and the losses, when training ends, however it ends.
+with what the monitor saw and the losses, when training ends, however it ends. On CUDA there is a
+`snapshot.pickle` of the counted steps beside them, and of the moment where memory ran out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from memrt.checkpoint import CheckpointMixin, write_json, write_text
 from memrt.monitoring import PhaseMarks
 from memrt.profiling.ledger import Ledger
@@ -20,11 +23,10 @@ from memrt.profiling.monitor import Monitor
 from memrt.profiling.render import to_markdown
 from memrt.profiling.render_html import to_html
 from memrt.profiling.report import SCHEMA, conditions, timeline_json
+from memrt.profiling.snapshot import VIEWER, AllocatorHistory, write_snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    import torch
 
 __all__ = ["NUM_STEPS", "MemoryReport", "ReportMixin", "losses_of"]
 
@@ -49,6 +51,7 @@ class MemoryReport:
         self._device = device
         self._monitor = Monitor(device=device)
         self._marks = PhaseMarks(self._monitor)
+        self._history = AllocatorHistory(device)
         self._counting = ExitStack()
         self._watches = self._in_step = False
 
@@ -62,6 +65,8 @@ class MemoryReport:
         if not self._watches:
             self._monitor.start()
             self._watches = True
+        if self.counts:
+            self._history.start()
 
     def begin_step(self) -> None:
         """An optimizer step begins."""
@@ -78,6 +83,8 @@ class MemoryReport:
         if not self.counts:
             return False
         self.num_counted += 1
+        if not self.counts:
+            self._history.stop()
         return not self.counts
 
     @contextmanager
@@ -116,6 +123,7 @@ class MemoryReport:
     def close(self) -> None:
         """Leave ledger and monitor, which would otherwise go on after an exception."""
         self._counting.close()
+        self._history.stop()
         self._in_step = False
         if self._watches:
             self._marks.enter(None)
@@ -124,14 +132,26 @@ class MemoryReport:
 
     def write(self, folder: Path, *, history: list[dict[str, Any]], **settings: Any) -> None:
         """Write what is known now; a folder that takes no files costs the report, not the run."""
-        report = self.to_json(history=history, **settings)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._history.write(folder)
+            report = self.to_json(history=history, **settings)
             write_text(folder / "report.md", to_markdown(report))
             write_text(folder / "report.html", to_html(report))
             write_json(folder / "report.json", report)
         except OSError as error:
             logger.warning("the memory report was not written to %s: %s", folder, error)
+
+    def write_out_of_memory(self, folder: Path, *, rank: int) -> None:
+        """Save what the allocator held when it ran out of memory."""
+        if not self._history.on_cuda:
+            return
+        try:
+            path = write_snapshot(folder, rank=rank)
+        except OSError as error:
+            logger.warning("the snapshot was not written to %s: %s", folder, error)
+            return
+        logger.warning("out of memory: %s has what the allocator held; see %s", path, VIEWER)
 
     def to_json(
         self,
@@ -160,8 +180,11 @@ class MemoryReport:
             "resumed_from": None,
             "output": output,
             "data": None,
+            "snapshot": self._history.to_json(),
             "conditions": conditions(
-                settings=settings, strategies=strategies, device=str(self._device)
+                settings={**settings, "allocator_snapshot": str(self._history)},
+                strategies=strategies,
+                device=str(self._device),
             ),
         }
 
@@ -233,6 +256,15 @@ class ReportMixin(CheckpointMixin):
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self._report is None else self._report.phase(name)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            if self._report is not None:
+                folder = Path(self.args.output_dir) / "memrt"
+                self._report.write_out_of_memory(folder, rank=self.args.process_index)
+            raise
 
     def _end_report(self) -> None:
         """However training ended: a report of another attempt has nothing to begin with."""

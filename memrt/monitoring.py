@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from memrt.profiling.monitor import Monitor, MonitorReport
+    from memrt.profiling.snapshot import AllocatorHistory
     from memrt.runner import Batch, Run
 
 __all__ = ["PhaseMarks"]
@@ -21,8 +22,9 @@ class PhaseMarks:
     Gradient clipping falls into `backward`: the optimizer's own step begins after it.
     """
 
-    def __init__(self, monitor: Monitor) -> None:
+    def __init__(self, monitor: Monitor, *, history: AllocatorHistory | None = None) -> None:
         self._monitor = monitor
+        self._history = history
         self._open: str | None = None
         self.before_steps: MonitorReport | None = None
         """The monitor's report when the ledger was dropped; energy counts from here."""
@@ -34,7 +36,9 @@ class PhaseMarks:
             yield
 
     def begin_steps(self, run: Run) -> None:
-        """Follow the run's steps from now on."""
+        """Follow the run's steps from now on; the allocator's history is of those before."""
+        if self._history is not None:
+            self._history.stop()
         assert run.session.optimizer is not None
         run.session.optimizer.register_step_pre_hook(lambda *_: self.enter("step"))
         loss_of = run.loss_of
