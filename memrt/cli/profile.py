@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from memrt.measure import Workload
     from memrt.monitoring import PhaseMarks
     from memrt.profiling.monitor import MonitorReport
+    from memrt.profiling.snapshot import AllocatorHistory
 
 __all__ = ["add_parser", "run"]
 
@@ -66,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     from memrt.cli.reporting import add_gpu, claim_folder, deliver, parse_gpu
     from memrt.cli.stacks import parse_stack
     from memrt.cli.workload import workload_for
+    from memrt.profiling.snapshot import AllocatorHistory
 
     gpu = parse_gpu(arguments)
     folder = claim_folder(arguments, kind="profile")
@@ -80,13 +82,18 @@ def run(arguments: argparse.Namespace) -> int:
         )
     progress.say("planning the same run on fake tensors")
     predicted = _predicted(arguments, model, stack.strategies, workload)
-    report = _profiled(workload, stack, progress)
+    history = AllocatorHistory(
+        workload.device, unavailable=None if folder else "no folder was named with --output"
+    )
+    report = _profiled(workload, stack, progress, history)
     report["predicted"] = predicted
     report["kernel_scratch"] = None
     if arguments.kernel_scratch:
         report["kernel_scratch"] = _kernel_scratch(workload, stack.strategies)
     add_gpu(report, gpu)
     deliver(report, arguments, folder)
+    if folder is not None:
+        history.write(folder.path)
     return 0
 
 
@@ -100,7 +107,9 @@ def _predicted(
     return report
 
 
-def _profiled(workload: Workload, stack: Any, progress: Any) -> dict[str, Any]:
+def _profiled(
+    workload: Workload, stack: Any, progress: Any, history: AllocatorHistory
+) -> dict[str, Any]:
     import torch
 
     from memrt.measure import measure
@@ -109,14 +118,16 @@ def _profiled(workload: Workload, stack: Any, progress: Any) -> dict[str, Any]:
 
     # None: the monitor finds that there is no GPU, and says so
     monitor = Monitor(device=workload.device if torch.cuda.is_available() else None)
-    marks = PhaseMarks(monitor)
-    with monitor, progress.task(f"training {stack.label}", num_steps=len(workload.windows)) as go:
+    marks = PhaseMarks(monitor, history=history)
+    going = progress.task(f"training {stack.label}", num_steps=len(workload.windows))
+    with monitor, history, going as go:
         measured = measure(workload, stack.strategies, marks=marks, on_step=go)
     watched = monitor.report()
     return {
         **measured,
         "kind": "profile",
         "stack": stack.label,
+        "snapshot": history.to_json(),
         "monitor": watched.to_json(),
         "joules_per_token": _joules_per_token(watched, marks, workload),
     }
