@@ -22,7 +22,7 @@ from memrt.profiling.report import format_bytes
 from memrt.registry import strategy_class
 from memrt.strategy import Strategy
 
-__all__ = ["cards_page", "index_page", "options", "strategy_page"]
+__all__ = ["cards_page", "frozen_stacks_table", "index_page", "options", "strategy_page"]
 
 _SETTING = re.compile(r"^(\w+): (.+)$")
 _CODE = re.compile(r"(`[^`]*`)")
@@ -263,6 +263,24 @@ def cards_page() -> str:
         _planned_on(),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def frozen_stacks_table() -> str:
+    """What the largest model takes with stacks that freeze it, and the first card that holds it."""
+    rows = _rows()
+    accounts = ("weights", "gradients", "optimizer", "activations", "workspace")
+    found = []
+    for stack, _ in STACKS:
+        row = rows.get((MODELS[-1], stack))
+        if stack.startswith("nf4") and row is not None and row["reason"] is None:
+            high = row["device_bytes"]["high"]
+            card = next((name for name, total in CARDS if high <= total), "none of these")
+            bytes_of = [_gib(row["accounts"][account]) for account in accounts]
+            found.append((f"`{stack}`", *bytes_of, _gib(row["peak_bytes"]), _gib(high), card))
+    if not found:
+        return "Not planned yet; run `python -m benchmarks.cards`."
+    head = ("GiB at the peak", *accounts, "peak", "high bound", "first card that holds it")
+    return f"{_table(head, found)}\n\nLlama 3's shape, {_workload()}. {_planned_on()}"
 
 
 def _planned_on() -> str:

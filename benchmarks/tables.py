@@ -21,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks import generated_pages, update_semantics
+from benchmarks import generated_pages, strategy_pages, update_semantics
 from memrt import registry
 from memrt.profiling.render import to_markdown
 
@@ -78,6 +78,7 @@ def strategies() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "compare": compare,
+    "seventy-b": strategy_pages.frozen_stacks_table,
     "strategies": strategies,
     "update-semantics": update_semantics.markdown,
 }

@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 
     from memrt.strategy import Strategy
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "fingerprint", "load_ladder", "save_ladder"]
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "fingerprint",
+    "load_ladder",
+    "save_ladder",
+    "write_ladder",
+]
 
 CONFIG_NAME = "ladder.json"
 WEIGHTS_NAME = "ladder.safetensors"
@@ -38,14 +45,24 @@ VERSION = 1
 
 def save_ladder(run: Session, folder: str | Path) -> Path:
     """Write the side network of a session (or of `trainer.session`) into a new or empty folder."""
-    from safetensors.torch import save_file
+    from memrt.checkpoint import staged
 
-    from memrt.checkpoint import staged, write_json
-
-    settings = _settings(run)
+    _settings(run)
     target = Path(folder).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"folder={str(folder)!r} is taken; name a new or empty folder")
+    with staged(target) as staging:
+        write_ladder(run, staging)
+    return target
+
+
+def write_ladder(run: Session, folder: Path) -> None:
+    """The files of a side network, into a folder that is there."""
+    from safetensors.torch import save_file
+
+    from memrt.checkpoint import write_json
+
+    settings = _settings(run)
     config = {
         "version": VERSION,
         "ladder": settings.to_json(),
@@ -53,10 +70,8 @@ def save_ladder(run: Session, folder: str | Path) -> Path:
         "backbone": fingerprint(run.model, trained=settings.trained_head(run.facts)),
     }
     tensors = {name: t.detach().contiguous() for name, t in _side_tensors(run, settings)}
-    with staged(target) as staging:
-        save_file(tensors, staging / WEIGHTS_NAME)
-        write_json(staging / CONFIG_NAME, config)
-    return target
+    save_file(tensors, folder / WEIGHTS_NAME)
+    write_json(folder / CONFIG_NAME, config)
 
 
 def load_ladder(

@@ -93,6 +93,8 @@ def load(
         files = None if source is None else context.enter_context(WeightFiles(source))
         if files is None:
             config.name_or_path = ""  # nobody can look up random weights by a name
+        if files is None:
+            config.name_or_path = ""  # nobody can look up random weights by a name
         chosen = _resolved_dtype(dtype, config, files)
         skeleton = Skeleton.build(
             lambda: auto.from_config(config, dtype=chosen, trust_remote_code=trusted)

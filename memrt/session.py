@@ -7,7 +7,7 @@ Trainer makes its own.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from memrt.surgery import Surgery
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from memrt.profiling.accounts import Account, Place
     from memrt.profiling.ledger import Ledger
@@ -379,6 +380,18 @@ class Session:
     def drop_ledger(self) -> None:
         """Count no further: the run goes on at full speed. The ledger's log stays readable."""
         self._observer.drop()
+
+    @property
+    def stands_apart(self) -> Literal["no", "may", "must"]:
+        """Whether what trained can, or can only, be written without the model it belongs to."""
+        found = {attachment.apart for attachment in self.attachments}
+        return "must" if "must" in found else "may" if "may" in found else "no"
+
+    def save_apart(self, folder: Path) -> None:
+        """Write what trained, without the model that it belongs to, into a folder."""
+        for attachment in self.attachments:
+            if attachment.apart != "no":
+                attachment.save_apart(folder)
 
     def export(self) -> nn.Module:
         """Detach, and return the model in a form that plain transformers loads."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from enum import Enum, IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from memrt.profiling.accounts import Account
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor, nn
 
@@ -268,6 +269,15 @@ class Attachment:
                 f"the checkpoint holds state {sorted(state)} for strategy {self.name!r}, which "
                 "keeps none; resume with the strategies that wrote the checkpoint"
             )
+
+    @property
+    def apart(self) -> Literal["no", "may", "must"]:
+        """Whether what trained can, or can only, be written without the model it belongs to."""
+        return "no"
+
+    def save_apart(self, folder: Path) -> None:
+        """Write what trained, without the model that it belongs to, into a folder."""
+        raise NotImplementedError
 
     def export(self, model: nn.Module) -> None:
         """Turn `model` into what plain transformers loads. Default: it already is."""

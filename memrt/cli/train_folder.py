@@ -1,7 +1,8 @@
 """The output folder of `memrt train`: never over another run, and only like settings are resumed.
 
 output/
-    config.json, *.safetensors, tokenizer files     the trained model, a plain transformers folder
+    config.json, *.safetensors, tokenizer files     the trained model, a plain transformers folder,
+                                                     or the adapters or side network beside one
     checkpoint-N/                                    what --resume goes on from
     memrt/config.yaml                                the settings, as a config file
     memrt/data.json                                  size and hash of the data files
@@ -33,7 +34,8 @@ __all__ = ["RunFolder", "run_of"]
 
 _CONFIG = Path("memrt") / "config.yaml"
 _DATA = Path("memrt") / "data.json"
-_MODEL = "config.json"
+_MODELS = ("config.json", "adapter_config.json", "ladder.json")
+"""Files that say what a folder holds: a model, adapters, a side network."""
 
 _FREE = (
     "output",
@@ -156,21 +158,22 @@ class RunFolder:
         """The newest whole checkpoint of this run."""
         return get_last_checkpoint(str(self.path)) if self.path.is_dir() else None
 
-    def publish_model(self, write: Callable[[Path], object]) -> None:
+    def publish_model(self, write: Callable[[Path], str]) -> str:
         """`write(folder)` makes a folder, whole or not at all; its files move here, config last."""
         made = self.path / "memrt" / "model"
         if made.exists():  # a run was killed while it moved files
             shutil.rmtree(made)
-        write(made)
-        for file in sorted(made.iterdir(), key=lambda file: file.name == _MODEL):
+        what = write(made)
+        for file in sorted(made.iterdir(), key=lambda file: file.name in _MODELS):
             os.replace(file, self.path / file.name)
         made.rmdir()
+        return what
 
 
 def _held(path: Path) -> str:
     """What of a run would be lost; nothing where it never came to its first checkpoint."""
     last = get_last_checkpoint(str(path))
-    if (path / _MODEL).is_file():
+    if any((path / name).is_file() for name in _MODELS):
         return "finished"
     return f"up to {Path(last).name}" if last else ""
 

@@ -25,6 +25,7 @@ from memrt.cli.train_console import ConsoleCallback, Intervals, Speed
 from memrt.cli.train_folder import RunFolder
 from memrt.cli.train_model import TrainedModel, tokenizer_for
 from memrt.cli.train_plan import predict
+from memrt.cli.train_publish import write_trained
 from memrt.cli.train_report import conditions_of, deliver, read_counted
 from memrt.data import Collator, load_examples
 from memrt.data_files import require_file
@@ -158,8 +159,6 @@ class TrainRun:
     # ---------------------------------------------------------------- the run
 
     def _train(self, folder: RunFolder) -> None:
-        from memrt.export import export_run
-
         trainer, speed, console = self._trainer()
         conditions = conditions_of(
             self.settings, self._model, self._data, tokenizer=self._tokenizer_name, trainer=trainer
@@ -181,9 +180,12 @@ class TrainRun:
             **self._report(trainer, speed, folder),
             "conditions": conditions,
         }
-        folder.publish_model(lambda made: export_run(trainer, made))
+        # adapters alone would lose a head that was drawn for this run
+        known = self._model.has_weights and not self._model.has_new_head
+        base = self._model.name if known else None
+        made = folder.publish_model(lambda made: write_trained(trainer, made, base=base))
         deliver(report, folder.path, as_json=self._words.json)
-        _say(f"model: {folder.path}, report: {folder.path / 'memrt' / 'report.md'}")
+        _say(f"{made}: {folder.path}, report: {folder.path / 'memrt' / 'report.md'}")
 
     def _load_finished(self, trainer: Trainer, checkpoint: Path) -> None:
         """The model as its last step left it: transformers' `train` would take one more."""

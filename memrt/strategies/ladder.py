@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
@@ -36,6 +36,8 @@ from memrt.registry import register
 from memrt.strategy import Attachment, Claim, Phase, Slot, Strategy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from memrt.session import Session
     from memrt.structure import Facts, LayerStack
 
@@ -228,6 +230,17 @@ class _Ladder(Attachment):
             if name not in trained:
                 parameter.requires_grad_(False)
         self._resting = build_ladder(run, settings)
+
+    @property
+    def apart(self) -> Literal["no", "may", "must"]:
+        """A side network is no part of any plain model."""
+        return "must"
+
+    def save_apart(self, folder: Path) -> None:
+        """The side network, as `memrt.load_ladder` takes it."""
+        from memrt.ladder_files import write_ladder
+
+        write_ladder(self.run, folder)
 
     def export(self, model: nn.Module) -> None:
         """A side network is no part of any plain model."""

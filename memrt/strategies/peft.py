@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from memrt.adapters import (
     adapter_layers,
@@ -38,6 +38,7 @@ from memrt.strategy import EVERYTHING, Attachment, Claim, Phase, Slot, Strategy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from torch import nn
 
@@ -204,6 +205,15 @@ class _Adapters(Attachment):
     def __init__(self, settings: Peft, run: Session) -> None:
         super().__init__(settings, run)
         self._undo = inject(settings.build(), run.model)
+
+    @property
+    def apart(self) -> Literal["no", "may", "must"]:
+        """Adapters have a folder of their own, in PEFT's layout, where transformers writes it."""
+        return "may" if hasattr(self.run.model, "save_pretrained") else "no"
+
+    def save_apart(self, folder: Path) -> None:
+        """The adapters, as plain PEFT and transformers load them."""
+        self.run.model.save_pretrained(folder)  # type: ignore[operator]
 
     def export(self, model: nn.Module) -> None:
         """Add what the adapters learned to the weights, dense ones if they were packed."""
