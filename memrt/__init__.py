@@ -18,6 +18,7 @@ if not (_here / "kernels").is_dir():
 
 if TYPE_CHECKING:
     from memrt.arguments import TrainingArguments
+    from memrt.auto import choose
     from memrt.callback import MemoryProfilerCallback
     from memrt.ladder_files import load_ladder, save_ladder
     from memrt.loading import load
@@ -38,6 +39,7 @@ _PUBLIC = {
     "Strategy": "memrt.strategy",
     "Trainer": "memrt.trainer",
     "TrainingArguments": "memrt.arguments",
+    "choose": "memrt.auto",
     "load": "memrt.loading",
     "load_ladder": "memrt.ladder_files",
     "plan": "memrt.planning",
@@ -55,6 +57,7 @@ __all__ = [
     "Trainer",
     "TrainingArguments",
     "__version__",
+    "choose",
     "load",
     "load_ladder",
     "plan",

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Gpu", "Overhead"]
+__all__ = ["Gpu", "Host", "Overhead", "next_card"]
 
 # Total memory in MiB as nvidia-smi shows it, by which drivers and clouds sell; the sources are
 # Modal's list of its cards (modal-client pull request 2797, and the H200 in its maker's article on
@@ -39,6 +39,41 @@ _CUBLAS_BYTES = {"low": 8_519_680, "expected": 8_519_680, "high": 32 * 2**20}
 _FRAGMENTATION = {"low": 0.0, "expected": 0.02, "high": 0.05}
 
 
+def _parse_bytes(text: str) -> int | None:
+    """A size as `24GiB`, `80GB` or a number of bytes; None for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = _UNITS.get(match.group(2).lower() or "b") if match else None
+    if match is None or unit is None or float(match.group(1)) <= 0:
+        return None
+    return int(float(match.group(1)) * unit)
+
+
+def next_card(num_bytes: int) -> str | None:
+    """The smallest known card that holds so many bytes; None where none does."""
+    holding = [(mib, name) for name, mib in _CARDS_MIB.items() if mib * 2**20 >= num_bytes]
+    return min(holding)[1] if holding else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The host memory that a run may take."""
+
+    text: str
+    total_bytes: int
+
+    @classmethod
+    def parse(cls, text: str) -> Host:
+        """From `64GiB`, `64GB` or a number of bytes; `ValueError` for anything else."""
+        found = _parse_bytes(text)
+        if found is None:
+            raise ValueError(f"host={text!r} is no size; write 64GiB, 64GB or a number of bytes")
+        return cls(text=text, total_bytes=found)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"text": self.text, "total_bytes": self.total_bytes}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overhead:
     """Device bytes that belong to no tensor: a range, and where its numbers come from."""
@@ -66,14 +101,13 @@ class Gpu:
         card = _CARDS_MIB.get(text.strip().lower().replace(" ", "").removeprefix("nvidia"))
         if card is not None:
             return cls(text=text, total_bytes=card * 2**20)
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-        unit = _UNITS.get(match.group(2).lower() or "b") if match else None
-        if match is None or unit is None or float(match.group(1)) <= 0:
+        found = _parse_bytes(text)
+        if found is None:
             raise ValueError(
                 f"gpu={text!r} is neither a known card nor a size; write {', '.join(_CARDS_MIB)}, "
                 "or the size as 24GiB, 80GB or a number of bytes"
             )
-        return cls(text=text, total_bytes=int(float(match.group(1)) * unit))
+        return cls(text=text, total_bytes=found)
 
     @staticmethod
     def overheads(rounded_peak_bytes: int, worst_peak_bytes: int | None = None) -> list[Overhead]:

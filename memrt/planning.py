@@ -14,14 +14,14 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from memrt import registry
-from memrt.gpus import Gpu
+from memrt.gpus import Gpu, Host
 from memrt.profiling.extrapolate import Simulation, extrapolate, segment
 from memrt.profiling.fake import (
     Routing,
@@ -33,14 +33,15 @@ from memrt.profiling.fake import (
 )
 from memrt.profiling.flops import FlopCounter
 from memrt.profiling.ledger import Ledger
+from memrt.profiling.outside import EVALUATE, Outside
 from memrt.profiling.report import SCHEMA, conditions
-from memrt.runner import Batch, model_loss, start, train_step
-from memrt.structure import RunSettings, discover
+from memrt.runner import Batch, evaluate, model_loss, start, train_step
+from memrt.structure import Facts, RunSettings, discover
 
 if TYPE_CHECKING:
     from memrt.strategy import Strategy
 
-__all__ = ["Plan", "Shape", "batches_of", "plan", "random_batches", "simulate"]
+__all__ = ["Plan", "Shape", "batches_of", "facts_of", "plan", "random_batches", "simulate"]
 
 DEPTHS = (4, 5, 6)
 """Depths that are simulated; at four, first, second, last but one and last layer are distinct."""
@@ -79,6 +80,7 @@ class Plan:
     shape: Shape
     strategies: tuple[str, ...]
     gpu: Gpu | None = None
+    host: Host | None = None
     seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
     worst: Simulation | None = None
@@ -91,8 +93,22 @@ class Plan:
 
     @property
     def device_bytes(self) -> dict[str, int]:
-        """What nvidia-smi would show at the peak: low, expected and high."""
-        return Gpu.required_bytes(self.simulation.rounded_peak_bytes, self.worst_rounded_peak_bytes)
+        """What nvidia-smi would show at the peak: low, expected and high.
+
+        Loading, evaluation and resuming count where one of them goes higher than the steps do.
+        """
+        highest = max((each["device"] for each in self.outside.values()), default=0)
+        return Gpu.required_bytes(
+            max(self.simulation.rounded_peak_bytes, highest), self.worst_rounded_peak_bytes
+        )
+
+    @property
+    def outside(self) -> dict[str, dict[str, int]]:
+        """Peaks on device and host of `load`, `evaluate` (a training batch), `save`, `resume`."""
+        from memrt.checkpoint import MAX_SHARD_BYTES
+
+        found = self.simulation.outside
+        return {} if found is None else found.phases(largest_file_bytes=MAX_SHARD_BYTES)
 
     @property
     def worst_rounded_peak_bytes(self) -> int | None:
@@ -100,9 +116,44 @@ class Plan:
         return None if self.worst is None else self.worst.rounded_peak_bytes
 
     @property
+    def host_bytes(self) -> dict[str, int]:
+        """Host memory that tensors take at its peak: counted, and in pinned blocks.
+
+        On CUDA all of it is pinned, in blocks of powers of two. Python, its libraries and the data
+        are not in it.
+        """
+        runs = [self.simulation] if self.worst is None else [self.simulation, self.worst]
+        return {
+            "counted": max(run.place_peaks["host"] for run in runs),
+            "pinned": max(run.pinned_peak_bytes for run in runs),
+        }
+
+    @property
+    def disk_bytes(self) -> int:
+        """Temporary files at their peak."""
+        return self.simulation.place_peaks["disk"]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of an optimizer step in the steady state."""
+        return sum(self.simulation.of_step(self.simulation.flops).values())
+
+    @property
+    def transfer_bytes(self) -> int:
+        """Bytes that an optimizer step moves between device, host and disk."""
+        return sum(self.simulation.of_step(self.simulation.moved).values())
+
+    @property
+    def fits_host(self) -> bool | None:
+        """Whether the pinned blocks fit the host; None when no size was named."""
+        return None if self.host is None else self.host_bytes["pinned"] <= self.host.total_bytes
+
+    @property
     def fits(self) -> bool | None:
-        """Whether the high bound fits the GPU; None when no GPU was named."""
-        return None if self.gpu is None else self.device_bytes["high"] <= self.gpu.total_bytes
+        """Whether the high bound fits the GPU, and the host its part; None: neither was named."""
+        on_device = None if self.gpu is None else self.device_bytes["high"] <= self.gpu.total_bytes
+        known = [fits for fits in (on_device, self.fits_host) if fits is not None]
+        return all(known) if known else None
 
     def to_json(self) -> dict[str, Any]:
         """The report schema, with nothing measured in it."""
@@ -115,7 +166,12 @@ class Plan:
             "loss": None,
             "device_bytes": self.device_bytes,
             "worst_rounded_peak_bytes": self.worst_rounded_peak_bytes,
+            "outside": self.outside,
+            "host_bytes": self.host_bytes,
+            "disk_bytes": self.disk_bytes,
             "gpu": None if self.gpu is None else self.gpu.to_json(),
+            "host": None if self.host is None else self.host.to_json(),
+            "fits_host": self.fits_host,
             "fits": self.fits,
             "num_layers": self.num_layers,
             "simulated_layers": list(self.simulated_layers),
@@ -179,7 +235,8 @@ def simulate(
         mode = stack.enter_context(fake_tensors())
         ledger = Ledger()
         window = [{name: fake_floats(mode, value) for name, value in b.items()} for b in window]
-        with fake_initialisers():
+        loading = Ledger()
+        with fake_initialisers(), loading:
             model = build()
         integers = stack.enter_context(real_integers(routing))
         stack.enter_context(ledger)
@@ -189,16 +246,21 @@ def simulate(
         for _ in range(steps):
             train_step(run, window, read_values=False)
         structure = run.session.facts.structure
+        key = segment(structure.layer_of, structure.layer_names)
+        trained = Simulation.of(
+            ledger.timeline,
+            key,
+            routed=integers.routed,
+            flops=dict(counter.flops),
+            moved=dict(ledger.moved),
+            uncounted=frozenset(counter.uncounted),
+        )
+        steps_end = ledger.timeline.now
+        with ledger.phase(EVALUATE):
+            evaluate(run, window[0])
         ledger.close()
-    key = segment(structure.layer_of, structure.layer_names)
-    return Simulation.of(
-        ledger.timeline,
-        key,
-        routed=integers.routed,
-        flops=counter.flops,
-        moved=dict(ledger.moved),
-        uncounted=frozenset(counter.uncounted),
-    )
+    outside = Outside.of(ledger.timeline, loading=loading.timeline, steps_end=steps_end)
+    return replace(trained, outside=outside)
 
 
 def _with_depth(config: Any, depth: int) -> Any:
@@ -234,6 +296,7 @@ def plan(
     dtype: torch.dtype = torch.float32,
     max_grad_norm: float = 1.0,
     gpu: str | None = None,
+    host: str | None = None,
     full: bool = False,
     window: Sequence[Batch] | None = None,
     loss_of: Callable[[nn.Module, Batch], Tensor] = model_loss,
@@ -242,6 +305,7 @@ def plan(
 
     `model` is a config object, a folder or file with `config.json`, a hub id, or a function without
     arguments that builds an `nn.Module` (then `window`, the micro-batches of one step, is needed).
+    `gpu` (a card or a size) and `host` (a size) are what it is to fit.
     """
     shape = Shape(
         batch_size=batch_size,
@@ -249,6 +313,7 @@ def plan(
         accumulation_steps=accumulation_steps if window is None else len(window),
     )
     card = None if gpu is None else Gpu.parse(gpu)
+    memory = None if host is None else Host.parse(host)
     parsed = registry.parse_all(strategies)
     settings = RunSettings(max_grad_norm=max_grad_norm, accumulation_steps=shape.accumulation_steps)
     began = time.perf_counter()
@@ -265,6 +330,7 @@ def plan(
         shape=shape,
         strategies=tuple(str(strategy) for strategy in parsed),
         gpu=card,
+        host=memory,
         worst=worst,
         seconds=time.perf_counter() - began,
         settings={
@@ -279,6 +345,22 @@ def plan(
     )
 
 
+def facts_of(
+    model: Any, *, dtype: torch.dtype = torch.float32, settings: RunSettings | None = None
+) -> Facts:
+    """What strategies check of a model, built whole on fake tensors."""
+    from memrt.loading import load, resolve_config
+
+    with fake_tensors(), fake_initialisers():
+        built = model() if _is_builder(model) else load(resolve_config(model), [], dtype=dtype)
+    return Facts(model=built, structure=discover(built), settings=settings or RunSettings())
+
+
+def _is_builder(model: Any) -> bool:
+    """Whether a model was given as a function that builds it."""
+    return callable(model) and not hasattr(model, "num_hidden_layers")
+
+
 def _plan_model(
     model: Any,
     strategies: Sequence[Strategy],
@@ -291,7 +373,7 @@ def _plan_model(
     """The simulation, the number of layers, and the depths that were run."""
     from memrt.loading import load, resolve_config
 
-    if callable(model) and not hasattr(model, "num_hidden_layers"):
+    if _is_builder(model):
         if window is None:
             raise ValueError("window=None: a model given as a function needs its micro-batches")
         return simulate(model, strategies, window, **options), 0, ()

@@ -14,6 +14,7 @@ __all__ = [
     "bytes_table",
     "conditions_section",
     "device_section",
+    "phases_section",
     "places_section",
     "sections",
     "top_section",
@@ -164,85 +165,6 @@ def _at_the_peak(runs: Sequence[Report]) -> Section:
     )
 
 
-# ---------------------------------------------------------------- plan
-
-
-def _plan(report: Report) -> list[Section]:
-    rows = [
-        [account_title(name), report["accounts"][name], report["account_maxima"][name]]
-        for name in _ACCOUNTS
-    ]
-    rows.append(["peak", report["peak_bytes"], report["peak_bytes"]])
-    columns = [
-        Column(title="account"),
-        Column(title="at the peak", kind="bytes"),
-        Column(title="largest", kind="bytes"),
-    ]
-    accounts = bytes_table(columns, rows)
-    layers = _layers_text(report)
-    return [
-        Section(
-            title=f"memrt plan: {report['conditions']['model']}, {report['stack']}",
-            before=[_plan_headline(report), f"Bytes in {accounts.unit}."],
-            table=accounts,
-        ),
-        *waterfall_sections(report),
-        phases_section(report),
-        places_section(report),
-        device_section(report),
-        top_section(report),
-        Section(after=[f"Planned in {report['seconds']:.1f} s; {layers}."]),
-        conditions_section(report["conditions"]),
-    ]
-
-
-def _plan_headline(report: Report) -> str:
-    conditions, region = report["conditions"], report["region"]
-    where = f" in {region['module']}" if region["module"] else ""
-    windows = conditions["accumulation_steps"]
-    accumulated = f" × {windows} micro-batches" if windows > 1 else ""
-    return (
-        f"{conditions['batch_size']} × {conditions['sequence_length']} tokens{accumulated}, "
-        f"{conditions['dtype']}. The peak, {format_bytes(report['peak_bytes'])}, comes in "
-        f"{region['phase']}{where}."
-    )
-
-
-def _layers_text(report: Report) -> str:
-    simulated = report["simulated_layers"]
-    total = report["num_layers"]
-    if not simulated or list(simulated) == [total]:
-        return f"all {total} layers simulated" if total else "every module simulated"
-    depths = ", ".join(map(str, simulated))
-    return f"simulated {depths} layers deep and carried to {total}"
-
-
-def waterfall_sections(report: Report) -> list[Section]:
-    """What every strategy saves, if it was asked."""
-    found = report.get("waterfall")
-    if not found:
-        return []
-    rows = [
-        [each["strategy"], each["step_bytes"], each["peak_bytes"], each["saved_bytes"]]
-        for each in found
-    ]
-    columns = [
-        Column(title="with, one after the other"),
-        Column(title="lowers the peak by", kind="bytes"),
-        Column(title="to", kind="bytes"),
-        Column(title="the stack without it takes more by", kind="bytes"),
-    ]
-    table = bytes_table(columns, rows)
-    reasons = [f"- {each['strategy']}: {each['reason']}" for each in found if each["reason"]]
-    return [
-        Section(
-            title=f"What every strategy saves ({table.unit})",
-            table=table,
-            after=["\n".join(reasons)] if reasons else [],
-        )
-    ]
-
-
 def phases_section(report: Report) -> Section:
     """Peak of every phase."""
     rows = [[phase, peak] for phase, peak in report["phases"].items()]
@@ -281,8 +203,9 @@ def device_section(report: Report) -> Section:
     table = bytes_table(columns, rows)
     after = []
     if report["gpu"] is not None:
-        verdict = "fits" if report["fits"] else "does not fit"
-        high = format_bytes(report["device_bytes"]["high"])
+        needed = report["device_bytes"]["high"]
+        verdict = "fits" if needed <= report["gpu"]["total_bytes"] else "does not fit"
+        high = format_bytes(needed)
         after.append(f"It {verdict} {report['gpu']['text']}: the high bound is {high}.")
     return Section(title=f"On a GPU ({table.unit})", table=table, after=after)
 
@@ -315,10 +238,18 @@ def conditions_section(conditions: Report) -> Section:
     return Section(title="Conditions", before=["\n".join(lines)], file_only=True)
 
 
+def _plan(report: Report) -> list[Section]:
+    from memrt.profiling.render_plan import plan_sections
+
+    return plan_sections(report)
+
+
 def _profile(report: Report) -> list[Section]:
+    from memrt.profiling.render_plan import waterfall_sections
     from memrt.profiling.render_profile import profile_sections
 
-    return profile_sections(report)
+    first, *rest = profile_sections(report)
+    return [first, *waterfall_sections(report), *rest]
 
 
 def _train(report: Report) -> list[Section]:

@@ -146,3 +146,81 @@ def test_the_waterfall_says_what_every_strategy_saves(
     refused = memrt(*words)
     assert refused.code == 1
     assert "--waterfall has no effect without --strategies" in refused.error
+
+
+def test_auto_chooses_a_stack_that_fits_and_says_why(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    words = ["plan", "--model", model_folder(), "--batch", "64", "--seq", "64"]
+    alone = memrt(*words, "--json").report
+    checkpointed = memrt(*words, "--json", "--strategies", "activation_checkpoint").report
+    budget = (alone["device_bytes"]["high"] + checkpointed["device_bytes"]["high"]) // 2
+    result = memrt(*words, "--auto", "--gpu", budget)
+    assert result.code == 0, result.err
+    assert "## The choice" in result.out
+    assert "none: needs up to" in result.out
+    assert "not predictions of time" in result.out
+    report = memrt(*words, "--auto", "--gpu", budget, "--json", "--full-parameters").report
+    assert report["fits"] is True
+    assert report["auto"]["rung"] == "full fine-tuning"
+    assert report["stack"] == "+".join(report["auto"]["strategies"]) != "none"
+    assert report["flops"] >= alone["flops"] > 0
+    named = memrt(*words, "--strategies", *report["auto"]["strategies"], "--json").report
+    assert named["peak_bytes"] == report["peak_bytes"]
+    assert named["auto"] is named["advice"] is None
+
+
+def test_auto_says_what_to_change_where_nothing_fits(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    words = ["plan", "--model", model_folder(), *SHAPES, "--auto", "--gpu", "100KiB"]
+    result = memrt(*words, "--full-parameters")
+    assert result.code == 2
+    assert "Nothing fits" in result.out
+    assert "## What to change" in result.out
+    assert "larger card: t4" in result.out
+
+
+def test_a_plan_that_does_not_fit_says_what_to_change(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    words = ["plan", "--model", model_folder(), "--batch", "64", "--seq", "64"]
+    alone = memrt(*words, "--json").report
+    budget = alone["device_bytes"]["high"] - 2**20
+    result = memrt(*words, "--gpu", budget)
+    assert result.code == 2
+    assert "The largest accounts at the peak: " in result.out
+    assert "add activation_checkpoint, fused_loss" in result.out
+    silent = memrt(*words, "--gpu", budget, "--no-advice", "--json")
+    assert silent.code == 2
+    assert silent.report["advice"] is None
+    assert silent.report["peak_bytes"] == alone["peak_bytes"]
+
+
+def test_the_host_can_be_too_small(memrt: Command, model_folder: Callable[..., Path]) -> None:
+    words = ["plan", "--model", model_folder(), *SHAPES, "--strategies", "offload_activations"]
+    fits = memrt(*words, "--host", "64GiB")
+    assert fits.code == 0
+    assert "It fits 64GiB of host memory" in fits.out
+    too_small = memrt(*words, "--host", "1MiB", "--gpu", "h100", "--no-advice", "--json")
+    assert too_small.code == 2
+    report = too_small.report
+    assert report["fits"] is report["fits_host"] is False
+    assert report["host_bytes"]["pinned"] >= report["host_bytes"]["counted"] > 2**20
+    assert report["transfers"]["device to host"] >= report["host_bytes"]["counted"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--auto"], "--auto needs what it is to fit: add --gpu"),
+        (["--auto", "--gpu", "1GiB", "--full"], "--full has no effect with --auto"),
+        (["--full-parameters"], "--full-parameters has no effect without --auto"),
+        (["--no-advice"], "--no-advice is for"),
+        (["--host", "big"], "--host 'big' is no size; write 64GiB"),
+    ],
+)
+def test_flags_without_effect_are_refused(memrt: Command, words: list[str], said: str) -> None:
+    result = memrt("plan", *words)
+    assert result.code == 1
+    assert said in result.error

@@ -1,0 +1,176 @@
+"""The first stack that fits, with a sentence for every choice; and what to change where none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import memrt
+from memrt.advice import MAX_PLANS, advise
+from memrt.auto import Choice, choose
+from memrt.auto_search import ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND
+from memrt.gpus import Gpu, Host, next_card
+from memrt.planning import Plan, plan
+from memrt.registry import parse_all
+
+OVERHEAD = Gpu.required_bytes(0)["high"]
+SHAPE: dict[str, Any] = {"batch_size": 4, "sequence_length": 64}
+
+
+def _config(**overrides: Any) -> Any:
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    return LlamaConfig(
+        **{**sizes, "num_hidden_layers": 2, "vocab_size": 1024, "use_cache": False, **overrides}
+    )
+
+
+def _high(*stack: str, **shape: int) -> int:
+    return plan(_config(), stack, **{**SHAPE, **shape}).device_bytes["high"]
+
+
+def _chosen(budget: int, *stack: str, **options: Any) -> Choice:
+    return choose(_config(), stack, **{"budget": str(budget), **SHAPE, **options})
+
+
+def test_what_fits_as_it_is_stays_as_it_is() -> None:
+    choice = memrt.choose(_config(), budget=str(_high()), **SHAPE)
+    assert choice.fits
+    assert choice.strategies == ()
+    assert choice.plan.device_bytes["high"] == _high()
+    assert [c.verdict for c in choice.candidates if c.stack == "none"] == ["chosen"]
+    assert len(choice.plan.strategies) == 0
+
+
+def test_the_cheapest_that_fits_is_taken_by_its_flops_and_transfers() -> None:
+    # above what checkpointing with a fused loss needs, below everything that costs less
+    needed = _high("activation_checkpoint", "fused_loss")
+    budget = needed + 1
+    choice = _chosen(budget)
+    assert choice.fits
+    assert choice.plan.device_bytes["high"] <= budget
+    fitting = [c for c in choice.candidates if c.verdict in ("chosen", "costs more")]
+    costs = {
+        c.stack: (c.flops or 0) / ASSUMED_FLOPS_PER_SECOND
+        + (c.transfer_bytes or 0) / ASSUMED_BYTES_PER_SECOND
+        for c in fitting
+    }
+    assert min(costs, key=lambda stack: costs[stack]) == "+".join(choice.strategies)
+    for candidate in choice.candidates:  # cheaper ones were planned and are too large
+        if candidate.stack in ("none", "fused_loss"):
+            assert candidate.verdict == "too large"
+            assert "over" in candidate.sentence
+    assert all(c.sentence for c in choice.candidates)
+    assert len(choice.reasons) == len(choice.strategies) > 0
+    assert "not predictions of time" in choice.explain()
+
+
+def test_smaller_state_comes_after_ways_of_keeping_activations() -> None:
+    least = _high("activation_checkpoint", "fused_loss", "offload_activations")
+    with_state = _high("int8_states", "activation_checkpoint", "fused_loss", "offload_activations")
+    tight = OVERHEAD + int((with_state - OVERHEAD) * 1.02)
+    assert tight < least
+    choice = _chosen(tight)
+    assert choice.fits
+    assert "int8_states" in choice.strategies
+    assert choice.rung == "full fine-tuning, 8-bit optimizer state"
+    assert "keeps full fine-tuning; optimizer state in 8 bits" in choice.explain()
+    assert not {"lisa", "peft", "galore"} & {s.split("(")[0] for s in choice.strategies}
+
+
+def test_what_was_named_stays_and_nothing_collides_with_it() -> None:
+    choice = _chosen(1024, "fp8_states", "lisa(layers=1)", full_parameters=True)
+    assert not choice.fits
+    assert {"fp8_states", "lisa(layers=1)"} <= set(choice.strategies)
+    assert "fp8_states: you named it" in choice.reasons
+    for candidate in choice.candidates:
+        assert "fp8_states" in candidate.stack
+        assert "int8_states" not in candidate.stack
+
+
+def test_full_parameters_forbids_what_changes_what_is_trained() -> None:
+    choice = _chosen(1024, full_parameters=True, dtype=torch.bfloat16)
+    assert not choice.fits
+    assert not {"peft", "nf4", "ladder", "badam"} & {s.split("(")[0] for s in choice.strategies}
+    left_out = [c for c in choice.candidates if "full_parameters=True" in c.sentence]
+    assert {"nf4+peft", "nf4+ladder"} <= {c.stack for c in left_out}
+    # what to change: both what it forbids, with its number, and a card
+    assert any("full_parameters=False" in r.change and r.device_bytes for r in choice.remedies)
+    assert any("larger card: t4" in r.change for r in choice.remedies)
+    assert choice.to_json()["fits"] is False
+    # what the weights alone show is not planned: weights and gradients in bf16, tied nowhere
+    parameters = 2 * 1024 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
+    held = next(c for c in choice.candidates if c.stack == "none")
+    assert held.sentence.endswith(f"take {2 * 2 * parameters / 2**10:.1f} KiB")
+
+
+def test_a_smaller_batch_is_advised_where_it_fits() -> None:
+    stack = ("fused_loss(chunk_tokens=16)", "activation_checkpoint")
+    budget = _high(*stack, batch_size=8)
+    assert budget < _high(*stack, batch_size=16)
+    planned = plan(_config(), stack, gpu=str(budget), **{**SHAPE, "batch_size": 16})
+    assert planned.fits is False
+    plans: list[Plan] = []
+
+    def plan_of(strategies: Any, **changed: int) -> Plan:
+        options = {**SHAPE, "batch_size": 16, **changed}
+        plans.append(plan(_config(), strategies, gpu=str(budget), **options))
+        return plans[-1]
+
+    options = {"hidden_size": 64, "max_grad_norm": 1.0, "shapes_are_free": True}
+    found = advise(planned, parse_all(stack), plan_of, **options)
+    assert len(plans) <= MAX_PLANS
+    batch = [r for r in found if r.change == "a batch of 8 instead of 16"]
+    assert [r.fits for r in batch] == [True]
+    assert batch[0].device_bytes == budget
+    added = [r for r in found if r.change.startswith("add ")]
+    assert added
+    assert added[-1].fits is (
+        added[-1].device_bytes is not None and added[-1].device_bytes <= budget
+    )
+
+
+def test_the_host_can_be_what_does_not_fit() -> None:
+    stack = ["activation_checkpoint", "offload_activations(min_bytes=0)"]
+    options = {**SHAPE, "gpu": "80GiB"}
+    found = plan(_config(), stack, host="1GiB", **options)
+    assert found.fits is found.fits_host is True
+    pinned = found.host_bytes["pinned"]
+    # layer inputs are 64 KiB each, a power of two; two layers
+    assert pinned >= found.host_bytes["counted"] >= 2 * 4 * 64 * 64 * 4
+    assert plan(_config(), stack, host=str(pinned), **options).fits is True
+    small = plan(_config(), stack, host=str(pinned - 1), **options)
+    assert small.fits is small.fits_host is False
+    assert small.to_json()["host"]["total_bytes"] == pinned - 1
+    assert plan(_config(), stack, host="1KiB", **SHAPE).fits is False
+    on_disk = plan(_config(), ["offload_activations(min_bytes=0, place='disk')"], **SHAPE)
+    assert on_disk.disk_bytes > 0
+    assert on_disk.host_bytes == {"counted": 0, "pinned": 0}
+
+
+def test_a_function_is_chosen_for_with_its_window() -> None:
+    from memrt.testing import tiny_batches, tiny_model
+
+    window = tiny_batches("plain", count=1)
+    choice = choose(lambda: tiny_model("plain"), budget="1KiB", window=window)
+    assert not choice.fits
+    assert not any("batch" in remedy.change for remedy in choice.remedies)
+    assert any(c.verdict == "refused" for c in choice.candidates)  # it has no head to fuse
+
+
+def test_bad_budgets_are_refused_before_anything_is_planned() -> None:
+    with pytest.raises(ValueError, match="24GiB"):
+        choose(_config(), budget="much", on_plan=lambda stack: pytest.fail(stack))
+    with pytest.raises(ValueError, match="64GiB"):
+        Host.parse("big")
+    with pytest.raises(ValueError, match="batch_size"):
+        choose(_config(), budget="24GiB", batch_size=0)
+
+
+def test_the_next_card_is_the_smallest_that_holds_it() -> None:
+    assert next_card(20 * 2**30) == "a10"
+    assert next_card(Gpu.parse("h200").total_bytes) == "h200"
+    assert next_card(Gpu.parse("h200").total_bytes + 1) is None
