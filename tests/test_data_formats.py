@@ -286,7 +286,7 @@ def test_a_dataset_of_the_hub_is_read_from_its_cache(hub_cache: Callable[..., No
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
     )
     hub_cache("owner/films", {"text": ["a", "b"], "label": [1, 0]}, features)
-    assert read("owner/films", label_column="label") == [(1, ("a", "1")), (2, ("b", "0"))]
+    assert read("owner/films", label_column="label") == [(1, ("a", "good")), (2, ("b", "bad"))]
     assert read("owner/films:test") == [(1, ("a",))]
     table = HubTable(name="owner/films")
     assert table.class_names("label") == ("bad", "good")
