@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.family_page import family_page
+from benchmarks.spellings_page import spellings_page
 from benchmarks.strategy_pages import cards_page, index_page, strategy_page
 from memrt import registry
 from memrt.compatibility import Compatibility, buildable, facts_of_kinds, survey
@@ -36,6 +37,7 @@ def pages() -> dict[str, str]:
     """Path in the checkout -> text."""
     names, found = built_in(), _matrix()
     return {
+        "docs/coming-from-elsewhere.md": MARK + spellings_page(),
         "docs/compatibility.md": _compatibility(found),
         "docs/families.md": MARK + family_page(list(found.strategies)),
         "docs/which-strategy.md": MARK + cards_page(),
