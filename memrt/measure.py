@@ -31,7 +31,15 @@ if TYPE_CHECKING:
     from memrt.strategy import Strategy
     from memrt.structure import RunSettings
 
-__all__ = ["LEDGER_STEPS", "LOSS_STEPS", "MIN_STEPS", "WARM_UP_STEPS", "Workload", "measure"]
+__all__ = [
+    "LEDGER_STEPS",
+    "LOSS_STEPS",
+    "MIN_STEPS",
+    "WARM_UP_STEPS",
+    "Workload",
+    "measure",
+    "measured_peaks",
+]
 
 LEDGER_STEPS = 2
 """The first makes the optimizer's state, the second is the steady state; as in a plan."""
@@ -104,6 +112,25 @@ def measure(
     }
     run.session.detach()
     return result
+
+
+def measured_peaks(workload: Workload, strategies: Sequence[Strategy]) -> dict[str, int | None]:
+    """Train the steps of the ledger: `counted`, its peak, and `allocated`, the allocator's.
+
+    The allocator is asked about one more step, without the ledger; None where there is no CUDA.
+    """
+    torch.manual_seed(workload.settings.seed)
+    with _memory_errors(workload.device):
+        model = workload.build(strategies)
+        torch.manual_seed(workload.settings.seed)
+        run, timeline = _counted_steps(workload, model, strategies, lambda: None)
+        allocated = None
+        if workload.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(workload.device)
+            train_step(run, _copied(workload.windows[LEDGER_STEPS], workload.device))
+            allocated = torch.cuda.max_memory_allocated(workload.device)
+    run.session.detach()
+    return {"counted": timeline.peak().peak_bytes, "allocated": allocated}
 
 
 def _copied(window: Sequence[Batch], device: torch.device) -> list[Batch]:

@@ -28,6 +28,7 @@ def profile_sections(report: Report) -> list[Section]:
     """What `memrt profile` shows."""
     return [
         _accounts(report),
+        *_ablation_sections(report),
         _phases(report),
         driver_section(report) if report["monitor"]["at_peak"] else _host(report),
         _speed(report),
@@ -36,6 +37,38 @@ def profile_sections(report: Report) -> list[Section]:
         top_section(report),
         conditions_section(report["conditions"]),
     ]
+
+
+def _ablation_sections(report: Report) -> list[Section]:
+    """What every strategy saves, predicted and measured, if it was asked."""
+    found = report.get("ablation")
+    if not found:
+        return []
+    sources = ["predicted", "counted"]
+    titles = {"predicted": "predicted", "counted": "counted", "allocated": "allocator"}
+    if all(row["allocated"] is not None for row in found):
+        sources.append("allocated")
+    sections = []
+    for number, title, first in (
+        ("peak_bytes", "The peak, one strategy after the other", "with"),
+        ("saved_bytes", "What the stack takes more without it", "without"),
+    ):
+        rows = [
+            [row["strategy"], *(row[s][number] for s in sources), row["difference_bytes"][number]]
+            for row in found
+            if number == "peak_bytes" or row["strategy"] != "none"
+        ]
+        columns = [
+            Column(title=first),
+            *(Column(title=titles[source], kind="bytes") for source in sources),
+            Column(title="counted - predicted", short="diff.", kind="bytes"),
+        ]
+        table = bytes_table(columns, rows)
+        sections.append(Section(title=f"{title} ({table.unit})", table=table))
+    reasons = [f"- {row['strategy']}: {row['reason']}" for row in found if row["reason"]]
+    if reasons:
+        sections.append(Section(after=["\n".join(reasons)]))
+    return sections
 
 
 def _watched_peak(monitor: Report, column: str) -> int | None:

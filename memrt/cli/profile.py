@@ -57,6 +57,13 @@ def add_parser(subparsers: Any) -> None:
         help="also run one step under torch's profiler and report the most that an operator "
         "allocates and frees inside itself, which no ledger sees (CPU only)",
     )
+    parser.add_argument(
+        "--ablate",
+        action="store_true",
+        help="also train the stack without each of its strategies, and show what every one saves "
+        "beside what memrt plan --waterfall predicts; every run starts from the same weights and "
+        "sees the same batches",
+    )
     add_report_flags(parser, output=None)
 
 
@@ -72,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
     gpu = parse_gpu(arguments)
     folder = claim_folder(arguments, kind="profile")
     stack = parse_stack(arguments.strategies)
+    if arguments.ablate and not stack.strategies:
+        raise ValueError("--ablate has no effect without --strategies; leave it out")
     progress = Progress()
     model = Model.resolve(arguments, progress)
     workload = workload_for(arguments, model, progress)
@@ -90,6 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
     report["kernel_scratch"] = None
     if arguments.kernel_scratch:
         report["kernel_scratch"] = _kernel_scratch(workload, stack.strategies)
+    report["ablation"] = None
+    if arguments.ablate:
+        report["ablation"] = _ablation(arguments, model, stack, workload, progress)
     add_gpu(report, gpu)
     deliver(report, arguments, folder)
     if folder is not None:
@@ -105,6 +117,19 @@ def _predicted(
     report = plan_report(arguments, model, list(strategies), workload.windows[0])
     del report["conditions"]  # the run's own
     return report
+
+
+def _ablation(
+    arguments: argparse.Namespace, model: Model, stack: Any, workload: Workload, progress: Any
+) -> list[dict[str, Any]]:
+    from memrt.cli.ablation import ablation
+
+    def planned_peak_of(strategies: list[Any]) -> int:
+        progress.say(f"planning {'+'.join(map(str, strategies)) or 'none'}")
+        peak: int = _predicted(arguments, model, strategies, workload)["peak_bytes"]
+        return peak
+
+    return ablation(stack.strategies, workload, planned_peak_of, progress.say)
 
 
 def _profiled(

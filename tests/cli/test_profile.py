@@ -126,3 +126,28 @@ def test_scratch_of_a_trace() -> None:
     ]
     operators = {"aten::sort", "aten::empty", "aten::add", "aten::relu_"}
     assert scratch_of(events, operators) == {"aten::sort": 40, "aten::relu_": 16}
+
+
+def test_ablation_measures_what_the_waterfall_predicts(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    words = ["--model", model_folder(num_hidden_layers=2), "--batch", 2, "--seq", 32]
+    stack = ["--strategies", "int8_states", "activation_checkpoint"]
+    result = memrt("profile", *words, "--steps", 4, "--ablate", *stack, "--output", "report")
+    assert result.code == 0, result.err
+    assert "What the stack takes more without it" in result.out
+    rows = json.loads(Path("report/report.json").read_text())["ablation"]
+    predicted = memrt("plan", *words, "--waterfall", "--json", *stack).report["waterfall"]
+    assert [row["strategy"] for row in rows] == ["none", "int8_states", "activation_checkpoint"]
+    for row, planned in zip(rows, predicted, strict=True):
+        assert row["reason"] is None
+        for number in ("peak_bytes", "step_bytes", "saved_bytes"):
+            assert row["predicted"][number] == planned[number]
+            assert row["counted"][number] == planned[number]
+            assert row["difference_bytes"][number] in (0, None)
+        if not torch.cuda.is_available():
+            assert row["allocated"] is None
+    assert all(row["counted"]["peak_bytes"] > 0 for row in rows)
+    refused = memrt("profile", *words, "--ablate")
+    assert refused.code == 1
+    assert "--ablate has no effect without --strategies" in refused.error
