@@ -91,14 +91,12 @@ def load(
             raise ValueError(f"{path_or_config}: {problem}")
         source = weight_source(path_or_config, config)
         files = None if source is None else context.enter_context(WeightFiles(source))
-        if files is None:
-            config.name_or_path = ""  # nobody can look up random weights by a name
-        if files is None:
-            config.name_or_path = ""  # nobody can look up random weights by a name
         chosen = _resolved_dtype(dtype, config, files)
         skeleton = Skeleton.build(
             lambda: auto.from_config(config, dtype=chosen, trust_remote_code=trusted)
         )
+        if files is None:  # nobody can look up random weights by a name
+            skeleton.model.config.name_or_path = skeleton.model.name_or_path = ""
         parts = _parts(skeleton.model, stack)
         slots = WeightSlots(skeleton.model, parts, device=target, ledger=ledger)
         if progress:

@@ -108,6 +108,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="a folder, a config.json or a hub id (default: the embedded Llama of 8.9 M "
         "parameters); a folder with config.json alone is given random weights",
     )
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that a model brings with it; read it first",
+    )
     _add_shape_flags(group)
     group.add_argument(
         "--dtype",
@@ -167,7 +172,21 @@ def fraction(text: str) -> float:
 def add_data_flags(parser: argparse.ArgumentParser, *, default: str) -> argparse._ArgumentGroup:
     """What it is trained on. Values are checked by `memrt.data.DataSettings`."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="FILE", help=f"a .txt or .jsonl file (default: {default})")
+    group.add_argument(
+        "--data",
+        metavar="FILE_OR_HUB_DATASET",
+        help="a .txt, .jsonl, .csv, .tsv or .parquet file, or a dataset of the Hub: owner/name or "
+        f"owner/name:split (default: {default})",
+    )
+    group.add_argument(
+        "--columns",
+        nargs="+",
+        metavar="NAME",
+        help="names of all columns of a .csv or .tsv that has no header line",
+    )
+    group.add_argument(
+        "--configuration", metavar="NAME", help="of a dataset of the Hub that has several"
+    )
     group.add_argument(
         "--tokenizer",
         metavar="DIR_OR_HUB_ID",
@@ -176,13 +195,13 @@ def add_data_flags(parser: argparse.ArgumentParser, *, default: str) -> argparse
     group.add_argument(
         "--truncation",
         choices=("error", "cut", "drop"),
-        help="for examples of a .jsonl that are longer than --seq (default: error)",
+        help="for records that are longer than --seq (default: error)",
     )
     for column in ("text", "prompt", "completion", "messages"):
         group.add_argument(
             f"--{column}-column",
             metavar="NAME",
-            help=f"the column of a .jsonl that is the {column}",
+            help=f"the column that is the {column}",
         )
     return group
 

@@ -34,6 +34,8 @@ _FLAGS = {
     "prompt_column": "--prompt-column",
     "completion_column": "--completion-column",
     "messages_column": "--messages-column",
+    "columns": "--columns",
+    "configuration": "--configuration",
     "path": "--data",
 }
 """Names in `memrt.data.DataSettings` and the flags that set them."""
@@ -90,6 +92,8 @@ def _data_settings(arguments: argparse.Namespace) -> DataSettings:
         prompt_column=arguments.prompt_column,
         completion_column=arguments.completion_column,
         messages_column=arguments.messages_column,
+        columns=arguments.columns,
+        configuration=arguments.configuration,
         # compare's own
         evaluation_path=getattr(arguments, "evaluation_data", None),
         evaluation_fraction=getattr(arguments, "evaluation_fraction", 0.0),
@@ -101,7 +105,7 @@ def _as_flags(text: str) -> str:
     """An error of `memrt.data` with the command line's names for its arguments."""
     for name, flag in _FLAGS.items():
         text = re.sub(rf"(?<![\w/.-]){name}=", f"{flag} ", text)
-        if "_" in name:  # path and truncation are ordinary words too
+        if "_" in name:  # path, columns and truncation are ordinary words too
             text = re.sub(rf"(?<![\w/.-]){name}\b(?![/.])", flag, text)
     return text
 
@@ -161,7 +165,7 @@ def _tokenizer(arguments: argparse.Namespace, model: Model) -> tuple[Any, str]:
 
         try:
             with quiet_hub():
-                tokenizer = AutoTokenizer.from_pretrained(named)
+                tokenizer = AutoTokenizer.from_pretrained(named, trust_remote_code=model.trusted)
         except (OSError, ValueError) as error:
             first_line = str(error).strip().splitlines()[0]
             raise ValueError(

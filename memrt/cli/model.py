@@ -47,20 +47,22 @@ class Model:
     name: str
     has_weights: bool
     dtype: torch.dtype
+    trusted: bool = False
+    """Whether Python code that the model brings may run."""
 
     @classmethod
     def resolve(cls, arguments: argparse.Namespace, progress: Progress) -> Model:
         """From `--model` and `--dtype`; refuses what is no language model."""
         from memrt.embedded import MODEL_NAME, embedded_config
-        from memrt.model_source import resolve_config, weight_source
+        from memrt.model_source import weight_source
 
         source = embedded_config() if arguments.model is None else arguments.model
         name = MODEL_NAME if arguments.model is None else str(arguments.model)
         if arguments.model is not None and not Path(name).exists():
             progress.say(f"{name} is no local path: asking the Hugging Face Hub")
-        with quiet_hub():
-            config = resolve_config(source)
-        _require_language_model(config, name)
+        trusted = arguments.trust_remote_code
+        config = _config(source, trusted)
+        _require_language_model(config, name, trusted)
         limit = getattr(config, "max_position_embeddings", None)
         if isinstance(limit, int) and arguments.sequence_length > limit:
             raise ValueError(
@@ -73,19 +75,26 @@ class Model:
             name=name,
             has_weights=weight_source(source, config) is not None,
             dtype=_dtype(arguments.dtype, config, name),
+            trusted=trusted,
         )
 
     def load(self, strategies: Sequence[Strategy], device: torch.device) -> nn.Module:
         """The model with its weights, random ones where the source has none."""
         from memrt.loading import load
 
-        return load(self.source, strategies, dtype=self.dtype, device=device)
+        return load(
+            self.source,
+            strategies,
+            dtype=self.dtype,
+            device=device,
+            trust_remote_code=self.trusted,
+        )
 
     def load_fake(self) -> nn.Module:
         """Its shapes alone; inside `memrt.profiling.fake.fake_tensors()`."""
         from memrt.loading import load
 
-        return load(self.config, [], dtype=self.dtype)
+        return load(self.config, [], dtype=self.dtype, trust_remote_code=self.trusted)
 
 
 def _dtype(text: str, config: Any, name: str) -> torch.dtype:
@@ -101,12 +110,30 @@ def _dtype(text: str, config: Any, name: str) -> torch.dtype:
     return dtype
 
 
-def _require_language_model(config: Any, name: str) -> None:
-    from memrt.model_source import TASKS, auto_class
+def _config(source: Any, trusted: bool) -> Any:
+    from memrt.model_source import resolve_config
 
-    task = {auto: task for task, auto in TASKS.items()}[auto_class(config).__name__]
+    try:
+        with quiet_hub():
+            return resolve_config(source, trust_remote_code=trusted)
+    except ValueError as error:
+        raise ValueError(_as_flag(error)) from error
+
+
+def _as_flag(text: object) -> str:
+    return str(text).replace("trust_remote_code=True", "--trust-remote-code")
+
+
+def _require_language_model(config: Any, name: str, trusted: bool) -> None:
+    from memrt.model_source import TASKS, auto_class, brings_code
+
+    auto = auto_class(config)
+    problem = None if trusted else brings_code(config, auto)
+    if problem is not None:
+        raise ValueError(f"{name}: {_as_flag(problem)}")
+    task = {each: task for task, each in TASKS.items()}[auto.__name__]
     if task not in _LANGUAGE_MODELS or not hasattr(config, "vocab_size"):
         raise ValueError(
-            f"{name} is for {task}; the command line trains language models on text, others go "
-            "through memrt.plan and memrt.prepare in Python"
+            f"{name} is for {task}; the command line trains language models on text (memrt train "
+            "also classifiers), others go through memrt.plan and memrt.prepare in Python"
         )
