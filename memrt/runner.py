@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from memrt.errors import NonFiniteLossError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from memrt.strategy import Strategy
     from memrt.structure import RunSettings
 
-__all__ = ["Batch", "Run", "model_loss", "start", "train_step"]
+__all__ = ["Batch", "Run", "evaluate", "model_loss", "start", "train_step"]
 
 Batch = Mapping[str, Tensor]
 
@@ -85,3 +86,14 @@ def train_step(run: Run, window: Sequence[Batch], *, read_values: bool = True) -
     norm = session.step()
     if read_values and norm is not None:
         run.gradient_norms.append(float(norm))
+
+
+def evaluate(run: Run, batch: Batch) -> Tensor:
+    """The loss of a batch as a Trainer evaluates it: no graph, and the loss alone."""
+    model = run.session.model
+    model.eval()
+    try:
+        with torch.no_grad(), run.session.loss_only():
+            return run.loss_of(model, batch)
+    finally:
+        model.train()

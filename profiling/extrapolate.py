@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from memrt.profiling.accounts import Place
+from memrt.profiling.outside import Outside
 from memrt.profiling.timeline import Breakdown, Record, Region, Timeline
 
 __all__ = ["Segment", "Simulation", "extrapolate", "segment"]
@@ -72,6 +73,8 @@ class Simulation:
     """Bytes moved by optimizer step and direction."""
     uncounted: frozenset[str] = frozenset()
     """Operators that multiply and whose FLOPs nobody could count."""
+    outside: Outside | None = None
+    """What loading, evaluation, saving and resuming need; None where none was simulated."""
 
     @classmethod
     def of(cls, timeline: Timeline, key: Callable[[Region], Segment], **work: Any) -> Simulation:
@@ -206,6 +209,9 @@ def _forward(low: Simulation, high: Simulation, steps: int) -> Simulation | None
         flops=flops,
         moved=moved,
         uncounted=low.uncounted | high.uncounted,
+        outside=None
+        if low.outside is None or high.outside is None
+        else high.outside.carried(low.outside, steps),
     )
 
 
@@ -228,6 +234,7 @@ def _equal(one: Simulation, other: Simulation) -> bool:
         and one.pinned_peak_bytes == other.pinned_peak_bytes
         and one.flops == other.flops
         and one.moved == other.moved
+        and one.outside == other.outside
     )
 
 
