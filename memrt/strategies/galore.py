@@ -35,14 +35,15 @@ from memrt.optimizers.subspace import Subspace
 from memrt.profiling.accounts import Account
 from memrt.projected_weights import ProjectedAttachment, ProjectedStrategy, is_conv1d
 from memrt.registry import register
-from memrt.strategy import Attachment, Promise
+from memrt.strategy import Attachment, Promise, Slot
 from memrt.structure import is_plain_linear
 from memrt.surgery import subclass_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from memrt.session import Session
+    from memrt.strategy import Strategy
     from memrt.structure import Facts
 
 __all__ = ["Galore"]
@@ -126,6 +127,18 @@ class Galore(ProjectedStrategy):
                 "gradient is never formed; use norm='projected' or one micro-batch a step"
             )
 
+    def check_stack(self, others: Sequence[Strategy], facts: Facts) -> None:
+        """The head's own forward must run where its weight gets no gradient."""
+        head = facts.structure.head
+        if not self.is_gradient_free or f"{head}.weight" not in self.projected(facts):
+            return
+        for other in others:
+            if any(claim.slot is Slot.HEAD for claim in other.claims(facts)):
+                raise ValueError(
+                    f"targets={self.targets!r} takes the head {head} without its gradient, and "
+                    f"{other.name} computes it in another way; name other targets, or form='plain'"
+                )
+
     def serves(self, module: nn.Module) -> bool:
         """A gradient-free layer is computed here, so it must be no more than y = x Wᵀ + b."""
         if not self.is_gradient_free:
@@ -206,7 +219,7 @@ class _GradientFree(ProjectedAttachment):
             if self.run.model.get_parameter(name).grad is not None:
                 raise RuntimeError(
                     f"{self.name}: {name} is used outside its module's forward and got a full "
-                    "gradient; exclude it with targets='attention' or targets='mlp'"
+                    "gradient; exclude it with other targets"
                 )
 
     def squared_gradient_norm(self) -> Tensor | None:
