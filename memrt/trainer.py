@@ -122,6 +122,8 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
             problem = _optimizer_conflict(settings.optimizer, session)
             session.detach()
             raise problem
+        if self._report is not None:
+            self._report.close()  # it watches a model that is gone
         self.session, self._report = session, report
 
     def _run_settings(self) -> RunSettings:

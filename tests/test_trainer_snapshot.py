@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 import transformers
 
+import memrt
 from memrt import MemoryProfilerCallback, memory_report
 from memrt.profiling.snapshot import AllocatorHistory
-from tests.trainer_runs import run, trainer_of
+from tests.trainer_runs import arguments, examples, model_of, run, trainer_of
 
 CPU = "the run is on 'cpu', and PyTorch's memory viewer shows the CUDA allocator alone"
 
@@ -72,6 +74,20 @@ def test_the_counted_steps_are_recorded_and_no_more(
     assert recorded == ["all", None]
     assert pickle.loads((tmp_path / "memrt/snapshot.pickle").read_bytes()) == {"calls": ["all"]}
     assert report_of(tmp_path)["snapshot"] == {"file": "snapshot.pickle", "reason": None}
+
+
+def test_a_model_that_is_made_anew_leaves_nothing_of_the_first_behind(
+    recorded: list[Any], tmp_path: Path
+) -> None:
+    trainer = memrt.Trainer(
+        model_init=lambda: model_of("llama"),
+        args=arguments(tmp_path, memory_report=True, max_steps=4),
+        train_dataset=examples("llama"),
+    )
+    trainer.train()
+    assert recorded == ["all", None, "all", None]
+    assert (tmp_path / "memrt/snapshot.pickle").exists()
+    assert not [t for t in threading.enumerate() if t.name == "memrt-monitor"]
 
 
 def test_the_callback_of_the_stock_trainer_has_it_too(recorded: list[Any], tmp_path: Path) -> None:
