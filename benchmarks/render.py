@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality import sst2_table
 from benchmarks.record import RESULTS, ROOT, SCHEMA, check_record
 
 __all__ = ["fill", "main", "records", "results_table"]
@@ -23,7 +24,7 @@ __all__ = ["fill", "main", "records", "results_table"]
 PAGE = ROOT / "benchmarks" / "README.md"
 NONE = "No result is committed yet."
 
-_TABLE = re.compile(r"(<!-- table: results -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table: (results|sst2) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def records(folder: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -75,11 +76,20 @@ def results_table(folder: Path) -> str:
     )
 
 
+def quality_table(folder: Path) -> str:
+    """What fine-tuning a real encoder came to, stack by stack."""
+    found = [record for _, record in records(folder) if record["name"] == "sst2"]
+    return "\n\n".join(map(sst2_table.markdown, found)) or NONE
+
+
+_MADE = {"results": results_table, "sst2": quality_table}
+
+
 def fill(text: str, folder: Path) -> str:
-    """`text` with its table made anew."""
+    """`text` with its tables made anew."""
     if not _TABLE.search(text):
         raise ValueError("the page has no `<!-- table: results -->` to fill")
-    return _TABLE.sub(lambda match: f"{match[1]}{results_table(folder)}\n{match[2]}", text)
+    return _TABLE.sub(lambda match: f"{match[1]}{_MADE[match[2]](folder)}\n{match[3]}", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,7 +38,7 @@ from benchmarks.quality.sst2_record import CLAIM, GOAL, NAME, outcome, refusals
 from benchmarks.quality.sst2_stacks import RATES, RATES_FILE, STACKS, Stack, chosen_rate
 from benchmarks.record import RESULTS, conditions, make_record, write_json, write_record
 
-__all__ = ["Settings", "Workplace", "main", "train_stack"]
+__all__ = ["PROXY", "Settings", "Workplace", "main", "train_stack"]
 
 _COUNTED_STEPS = 3
 
@@ -47,7 +47,7 @@ _COUNTED_STEPS = 3
 class Settings:
     """What all runs have in common."""
 
-    rows: int = 2400
+    rows: int = 3600
     max_tokens: int = 24
     batch_size: int = 16
     epochs: int = 1
@@ -57,6 +57,10 @@ class Settings:
     def steps(self) -> int:
         """Optimizer steps of a run."""
         return self.epochs * (self.rows // self.batch_size)
+
+
+PROXY = Settings(rows=2400)
+"""A shorter run of the same kind, by which learning rates are chosen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,13 +223,13 @@ def _run(place: Workplace, name: str, seed: int) -> dict[str, Any]:
 
 
 def _choose_rates(place: Workplace, groups: Sequence[str]) -> None:
-    """Held-out accuracy of every rate of every group, and the best of each, into `RATES_FILE`."""
+    """Held-out loss of every rate of every group, and the best of each, into `RATES_FILE`."""
     for group in groups:
         name = next(name for name, stack in STACKS.items() if stack.rates == group)
         tried = {}
         for rate in RATES[group].rates:
             found = _once(
-                place.kept(f"rates/{slug(name)}-{rate:g}"),
+                place.kept(f"{slug(name)}-{rate:g}"),
                 lambda name=name, rate=rate: train_stack(
                     place,
                     STACKS[name],
@@ -236,7 +240,7 @@ def _choose_rates(place: Workplace, groups: Sequence[str]) -> None:
             )
             tried[rate] = {key: found[key] for key in ("accuracy", "loss")}
             print(f"{name}: {rate:g} {found['accuracy']:.4f}", file=sys.stderr, flush=True)
-        best = max(tried, key=lambda rate: (tried[rate]["accuracy"], -tried[rate]["loss"]))
+        best = min(tried, key=lambda rate: tried[rate]["loss"])  # smoother than accuracy
         kept = json.loads(RATES_FILE.read_text("utf-8")) if RATES_FILE.is_file() else {"groups": {}}
         kept["groups"][group] = {
             "stack": name,
@@ -305,7 +309,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=usual.batch_size)
     parser.add_argument("--epochs", type=int, default=usual.epochs)
     parser.add_argument(
-        "--choose-rates", nargs="*", choices=RATES, metavar="GROUP", help="all groups, or these"
+        "--choose-rates",
+        nargs="*",
+        choices=RATES,
+        metavar="GROUP",
+        help="by short proxies: all groups, or these",
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: benchmarks/results")
     return parser
@@ -318,6 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = Path(os.environ.get("MEMRT_DATA", "")).resolve()
     if not all((data / name).is_file() for name in FILES):
         parser.error(f"MEMRT_DATA={str(data)!r} must name a folder with {' and '.join(FILES)}")
+    chooses = options.choose_rates is not None
     settings = Settings(
         rows=options.rows,
         max_tokens=options.max_tokens,
@@ -326,10 +335,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     logging.getLogger("memrt").setLevel(logging.ERROR)
     try:
-        place = _workplace(options.folder, data, settings)
+        folder = options.folder / "rates" if chooses else options.folder
+        place = _workplace(folder, data, PROXY if chooses else settings)
     except ValueError as error:
         parser.error(str(error))
-    if options.choose_rates is not None:
+    if chooses:
         _choose_rates(place, options.choose_rates or list(RATES))
     else:
         _compare(place, options)

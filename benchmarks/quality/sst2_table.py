@@ -1,0 +1,67 @@
+"""The table of an SST-2 record for benchmarks/README.md, from its JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["markdown"]
+
+_MIB = 1 << 20
+_ACCOUNTS = ("weights", "gradients", "optimizer", "activations", "workspace")
+_VERDICTS = {True: "met", False: "**missed**", None: "not judged"}
+
+
+def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    below = row["below_adamw"]
+    accounts = (row["accounts"].get(account, 0) for account in _ACCOUNTS)
+    return (
+        row["stack"],
+        f"{100 * row['accuracy']:.1f} ({', '.join(f'{100 * a:.1f}' for a in row['accuracies'])})",
+        "" if below is None else f"{-100 * below:+.1f}",
+        f"{100 * row['above_probe']:+.1f}",
+        _VERDICTS[row["met"]],
+        f"{row['learning_rate']:g}",
+        f"{row['peak_bytes'] / _MIB:.0f}",
+        *(f"{each / _MIB:.0f}" for each in accounts),
+        f"{row['processor_seconds']:.0f}",
+    )
+
+
+def _probe(probe: Mapping[str, float]) -> str:
+    text = f"{100 * probe['accuracy']:.1f}"
+    if "tuned_accuracy" in probe:
+        text += f", with a penalty chosen on held-out rows {100 * probe['tuned_accuracy']:.1f}"
+    return text
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """A caption, a row for each stack, and what is refused with its reason."""
+    summary, found = record["summary"], record["conditions"]
+    configuration = found["configuration"]
+    rows = [
+        (
+            *("stack", "accuracy (seeds)", "AdamW", "probe", "goal", "rate", "peak"),
+            *_ACCOUNTS,
+            "seconds",
+        ),
+        ("---",) * 13,
+        *map(_row, summary["rows"]),
+    ]
+    caption = (
+        f"SST-2's dev set, {configuration['model']}, {configuration['steps']} steps of "
+        f"{configuration['batch_size']} rows of at most {configuration['max_tokens']} tokens, "
+        f"{configuration['rows']} rows; accuracy in %, means of the seeds, and points above full "
+        f"AdamW and above a linear probe on the frozen encoder "
+        f"({_probe(summary['probe'])}); bytes at the peak of a step on the longest "
+        f"rows, MiB; processor seconds of a run's training on {found['cpu']}."
+    )
+    lines = [
+        caption,
+        "",
+        *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
+    ]
+    if summary["refused"]:
+        lines += ["", "Refused alone on this model:", ""]
+        lines += [f"- `{name}`: {reason}" for name, reason in sorted(summary["refused"].items())]
+    return "\n".join(lines)
