@@ -192,7 +192,7 @@ def _plan(report: Report) -> Bars:
 
 def _waterfall(report: Report) -> Bars | None:
     """The peak with one strategy after the other; what each took away is drawn to its right."""
-    rows = report.get("waterfall") or []
+    rows = report.get("waterfall") or _of_ablation(report.get("ablation") or [])
     if not any(row["peak_bytes"] is not None for row in rows):
         return None
     measured = any(row.get("measured_peak_bytes") is not None for row in rows)
@@ -207,6 +207,19 @@ def _waterfall(report: Report) -> Bars | None:
         bars=[_of_step(row, first=index == 0) for index, row in enumerate(rows)],
         mark="measured" if measured else "",
     )
+
+
+def _of_ablation(rows: Sequence[Report]) -> list[dict[str, Any]]:
+    """The predicted waterfall of a run that measured each stack too: the allocator's peak on CUDA,
+    else the ledger's."""
+    return [
+        {
+            **row["predicted"],
+            "strategy": row["strategy"],
+            "measured_peak_bytes": (row["allocated"] or row["counted"])["peak_bytes"],
+        }
+        for row in rows
+    ]
 
 
 def _of_step(row: Report, *, first: bool) -> Bar:

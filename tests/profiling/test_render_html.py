@@ -171,6 +171,31 @@ def test_the_waterfall_shows_what_every_strategy_takes_away() -> None:
     assert "dashed line" not in plain
 
 
+def test_an_ablation_is_a_waterfall_with_measured_peaks() -> None:
+    numbers = ("peak_bytes", "step_bytes", "saved_bytes")
+    counted = dict.fromkeys(numbers)
+    rows = [
+        {
+            "strategy": row["strategy"],
+            "predicted": {key: row[key] for key in numbers},
+            "counted": {**counted, "peak_bytes": row["measured_peak_bytes"]},
+            "allocated": None,
+            "difference_bytes": counted,
+            "reason": None,
+        }
+        for row in [{"measured_peak_bytes": None, **each} for each in WATERFALL]
+    ]
+    drawn, expected = (
+        next(f for f in figures(report) if "strategy saves" in f.title)
+        for report in (profile(ablation=rows), profile(waterfall=WATERFALL))
+    )
+    assert drawn == expected
+    on_a_card = [{**row, "allocated": {"peak_bytes": 7 * MIB}} for row in rows]
+    (bars,) = [f for f in figures(profile(ablation=on_a_card)) if "strategy saves" in f.title]
+    assert isinstance(bars, Bars)
+    assert {bar.mark for bar in bars.bars} == {7 * MIB}
+
+
 def test_the_areas_are_stacked_up_to_the_peak() -> None:
     (areas,) = [figure for figure in figures(profile()) if isinstance(figure, Areas)]
     assert sum(areas.samples[areas.peak].values()) == 15 * MIB
