@@ -11,6 +11,7 @@ from typing import Any
 
 from memrt.profiling.accounts import Account
 from memrt.profiling.render import Column, Section
+from memrt.profiling.render_outside import outside_sections
 from memrt.profiling.render_sections import (
     account_title,
     bytes_table,
@@ -54,6 +55,7 @@ def plan_sections(report: Report) -> list[Section]:
         *waterfall_sections(report),
         *_work_sections(report),
         phases_section(report),
+        *outside_sections(report),
         _places(report),
         device_section(report),
         top_section(report),

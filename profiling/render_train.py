@@ -7,6 +7,7 @@ from typing import Any
 
 from memrt.profiling.accounts import Account
 from memrt.profiling.render import Column, Section
+from memrt.profiling.render_outside import watched_sections
 from memrt.profiling.render_profile import driver_section
 from memrt.profiling.render_sections import (
     account_title,
@@ -31,6 +32,7 @@ def train_sections(report: Report) -> list[Section]:
     monitor = report["monitor"]
     if monitor is not None and monitor["at_peak"] and report["peak_bytes"] is not None:
         found.append(driver_section(report))
+    found.extend(watched_sections(report))
     found.append(_losses(report))
     if report["data"] is not None:
         found.append(_data(report["data"]))

@@ -14,6 +14,7 @@ from memrt.checkpoint import MAX_SHARD_BYTES
 from memrt.planning import batches_of, plan
 from memrt.profiling.ledger import Ledger
 from memrt.profiling.outside import EVALUATE, Outside
+from memrt.profiling.render_outside import outside_sections, watched_sections
 from memrt.runner import evaluate, start, train_step
 from memrt.structure import RunSettings
 from memrt.testing import tiny_config
@@ -122,3 +123,26 @@ def _state_bytes(trainer: Any) -> int:
         t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)
     ]
     return sum(t.nbytes for t in [*trainer.model.state_dict().values(), *moments])
+
+
+def test_the_plan_and_the_run_s_report_show_them() -> None:
+    config = tiny_config("llama", layers=7)
+    planned = plan(config, [], batch_size=1, sequence_length=8).to_json()
+    (section,) = outside_sections(planned)
+    assert section.table is not None
+    assert [row[0] for row in section.table.cells()] == ["load", "evaluate", "save", "resume"]
+    phase = {
+        "num_times": 2,
+        "allocated_peak_bytes": None,
+        "process_used_peak_bytes": None,
+        "rss_peak_bytes": 2**30,
+    }
+    report = {"monitor": {"phases": {"save": phase, "resume": phase}}, "predicted": planned}
+    (watched,) = watched_sections(report)
+    assert watched.table is not None
+    assert [column.title for column in watched.table.columns] == [
+        *("phase", "times", "predicted", "RSS")
+    ]
+    assert [row[0] for row in watched.table.cells()] == ["resume", "save"]
+    assert watched_sections({"monitor": None, "predicted": None}) == []
+    assert outside_sections({}) == []
