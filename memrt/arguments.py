@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 
 from memrt import registry
+from memrt.gpus import check_budget
 from memrt.translation import TORCH_ADAMW, from_optim, join, tell_optim
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def _decoded(spec: Any) -> Any:
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
-    """The fields of `transformers.TrainingArguments`, and four of memrt's."""
+    """The fields of `transformers.TrainingArguments`, and five of memrt's."""
 
     # transformers' parser resolves the annotation and reads `list[str]` as one or more strings;
     # mappings and Strategy objects are accepted as well and come out as strings
@@ -64,7 +65,17 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         },
     )
 
+    memory_budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "Add the strategies that change training least and fit this card or size, "
+            "such as 24GiB; those of `strategies` stay."
+        },
+    )
+
     def __post_init__(self) -> None:
+        if self.memory_budget is not None:
+            check_budget(self.memory_budget)
         specs = [] if self.strategies is None else self.strategies
         if isinstance(specs, str):
             raise ValueError(f"strategies={specs!r}: must be a list; write [{specs!r}]")

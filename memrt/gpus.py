@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Gpu", "Host", "Overhead", "next_card"]
+__all__ = ["Gpu", "Host", "Overhead", "check_budget", "next_card"]
 
 # Total memory in MiB as nvidia-smi shows it, by which drivers and clouds sell; the sources are
 # Modal's list of its cards (modal-client pull request 2797, and the H200 in its maker's article on
@@ -156,3 +156,11 @@ class Gpu:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {"text": self.text, "total_bytes": self.total_bytes}
+
+
+def check_budget(text: str) -> None:
+    """Refuse a `memory_budget` that is neither a card nor a size."""
+    try:
+        Gpu.parse(text)
+    except ValueError as error:
+        raise ValueError(str(error).replace("gpu=", "memory_budget=", 1)) from None

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from memrt import registry
+from memrt.auto_trainer import strategies_within
 from memrt.checkpoint import recover
 from memrt.errors import ConflictError, NonFiniteLossError
 from memrt.evaluation import EvaluationMixin
@@ -91,6 +92,9 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
         self._strategies = registry.parse_all(
             join(registry.parse_all(strategies or in_arguments), named, subject="args.optim")
         )
+        budget = getattr(self.args, "memory_budget", None)
+        if budget is not None:
+            self._strategies = strategies_within(self, self._strategies, budget)
         if probe_dataset is not None and not self._strategies:
             raise ValueError("probe_dataset is what strategies look at, and there is none")
         self._probe_dataset = probe_dataset

@@ -1,6 +1,6 @@
 """The settings of `memrt train`: their names, types and defaults, read from the classes they fill.
 
-    output, seed, dtype, strategies     the run
+    output, seed, dtype, strategies, memory_budget     the run
     model.*                             what is trained
     data.*                              the fields of memrt.data.DataSettings
     training.*                          the fields of memrt.TrainingArguments
@@ -52,6 +52,7 @@ _NO_EFFECT = "it has no effect here; leave it out"
 _ELSEWHERE = {
     "output_dir": "set output",
     "strategies": "set strategies, beside training",
+    "memory_budget": "set memory_budget, beside training",
     "seed": "set seed, beside training",
     "resume_from_checkpoint": "pass --resume or --resume FOLDER",
     "hub_token": "log in with `hf auth login`; settings are written into the output folder",
@@ -160,6 +161,12 @@ _RUN = (
         hint=list[str | dict[str, Any]],
         default=[],
         help="Memory strategies: name, name(option=value), or in YAML {name: {option: value}}.",
+    ),
+    Key(
+        name="memory_budget",
+        hint=str | None,
+        default=None,
+        help="Card or size, such as 24GiB: add the strategies that change training least and fit.",
     ),
 )
 

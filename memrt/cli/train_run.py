@@ -14,6 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from memrt.checkpoint import TRAINER_STATE_NAME, load_state
+from memrt.cli.train_budget import within_budget
 from memrt.cli.train_classes import (
     classifier_of,
     data_for,
@@ -91,6 +92,8 @@ class TrainRun:
         train, evaluation = self._data.train, self._data.evaluation
         held_out = "" if evaluation is None else f", {len(evaluation):,} to evaluate on"
         _say(f"{self._model.name}; {len(train):,} examples to train on{held_out}")
+        settings = within_budget(settings, self._model, train, self._collator, _say)
+        self.settings = settings
         try:
             self._predicted = predict(settings, self._model, train, self._collator)
         except (RuntimeError, NotImplementedError) as error:

@@ -1,0 +1,78 @@
+"""`memory_budget`: a Trainer, and `memrt train`, choose the strategies that their data needs."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from memrt import TrainingArguments
+from memrt.auto_trainer import choice_for_trainer
+from memrt.cli.main import main
+from memrt.planning import Plan
+from tests.cli.train_runs import SHORT, write_model, write_text
+from tests.trainer_runs import examples, trainer_of
+
+
+def _needed(trainer: Any) -> Plan:
+    """The plan of the run as it is."""
+    return choice_for_trainer(trainer, [], "24GiB").plan
+
+
+def test_a_trainer_chooses_for_its_longest_examples_and_trains(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    probe = trainer_of(tmp_path / "probe")
+    state = torch.get_rng_state()
+    needed = _needed(probe)
+    assert torch.equal(torch.get_rng_state(), state)
+    probe.train_dataset = [*examples("llama", count=4), *examples("llama", count=2, length=16)]
+    longer = _needed(probe)
+    # twice the tokens: activations grow with them, attention scores with their square
+    before = needed.simulation.account_maxima["activations"]
+    assert 2 * before <= longer.simulation.account_maxima["activations"] <= 4 * before
+    budget = str(needed.device_bytes["high"] - 1)
+    with caplog.at_level(logging.WARNING, logger="memrt"):
+        trainer = trainer_of(tmp_path / "run", memory_budget=budget, max_steps=2)
+    assert trainer.memory_choice.fits
+    names = [strategy.name for strategy in trainer.session.strategies]
+    assert names == [spec.split("(")[0] for spec in trainer.memory_choice.strategies] != []
+    assert trainer.memory_choice.plan.device_bytes["high"] <= int(budget)
+    assert f"memory_budget={budget}" in caplog.text
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_trainer_that_cannot_fit_says_what_was_tried(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"memory_budget='1KiB': no stack .*\n(.*\n)*.*larger card"
+    ):
+        trainer_of(tmp_path, memory_budget="1KiB")
+    with pytest.raises(ValueError, match="needs a transformers model, not "):
+        trainer_of(tmp_path, family="plain", memory_budget="1GiB")
+    with pytest.raises(ValueError, match="memory_budget='much' is neither"):
+        TrainingArguments(output_dir=str(tmp_path), memory_budget="much")
+
+
+def test_memrt_train_chooses_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--model", write_model(Path("model")), "--data", write_text(Path("sums.txt"))]
+    words += [*SHORT, "--steps", "2", "--strategies", "lisa(layers=1)"]
+    assert main([*words, "memory_budget=24GiB"]) == 0
+    said = capsys.readouterr().err
+    assert "planning lisa(layers=1)" in said
+    assert "lisa(layers=1): you named it" in said
+    kept = yaml.safe_load(next(Path("memrt-run").rglob("*.yaml")).read_text())
+    assert kept["strategies"] == ["lisa(layers=1)"]
+    assert kept["memory_budget"] == "24GiB"
+    assert main([*words, "memory_budget=1KiB", "output=other"]) == 1
+    assert "no stack of strategies fits" in capsys.readouterr().err
+    assert not Path("other").exists()
+    assert main([*words, "training.memory_budget=24GiB"]) == 1
+    assert "set memory_budget, beside training" in capsys.readouterr().err
