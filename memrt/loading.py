@@ -74,9 +74,7 @@ def load(
     """
     stack = registry.parse_all(strategies)
     target = _resolved_device(device)
-    with ExitStack() as context:
-        context.enter_context(_quiet())
-        context.enter_context(torch.no_grad())
+    with _quiet(), torch.no_grad(), ExitStack() as context:
         if ledger is not None:
             context.enter_context(ledger.phase("load"))
         if config is None:
@@ -84,11 +82,7 @@ def load(
         config = copy.deepcopy(config)
         _refuse(config)
         auto = auto_class(config, task)
-        # code of its config has run already, which took trust
-        trusted = trust_remote_code or type(config).__module__.startswith(_CODE_PACKAGE)
-        problem = None if trusted else brings_code(config, auto)
-        if problem is not None:
-            raise ValueError(f"{path_or_config}: {problem}")
+        trusted = _trusted(config, auto, path_or_config, trust_remote_code)
         source = weight_source(path_or_config, config)
         files = None if source is None else context.enter_context(WeightFiles(source))
         chosen = _resolved_dtype(dtype, config, files)
@@ -170,6 +164,17 @@ def _refuse(config: Any) -> None:
         raise ValueError(
             f"the config says that its weights are quantised ({get('quant_method')}); {_REMEDY}"
         )
+
+
+def _trusted(config: Any, auto: Any, path_or_config: Any, trust_remote_code: bool) -> bool:
+    """Whether code that the model brings may run; refuses a model that is nothing without."""
+    # code of its config has run already, which took trust
+    if trust_remote_code or type(config).__module__.startswith(_CODE_PACKAGE):
+        return True
+    problem = brings_code(config, auto)
+    if problem is not None:
+        raise ValueError(f"{path_or_config}: {problem}")
+    return False
 
 
 def _bar(context: ExitStack, total: int) -> Callable[[], None]:
