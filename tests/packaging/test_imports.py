@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "memrt.projected_weights",
         "memrt.registry",
         "memrt.saved",
+        "memrt.spellings",
         "memrt.state_format_strategy",
         "memrt.strategy",
         "memrt.structure",
