@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.quality.sst2_stacks import STACKS
+
 __all__ = ["markdown"]
 
 _MIB = 1 << 20
@@ -18,7 +20,7 @@ def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         row["stack"],
         f"{100 * row['accuracy']:.1f} ({', '.join(f'{100 * a:.1f}' for a in row['accuracies'])})",
-        "" if below is None else f"{-100 * below:+.1f}",
+        "" if below is None else f"{100 * (0.0 - below):+.1f}",
         f"{100 * row['above_probe']:+.1f}",
         _VERDICTS[row["met"]],
         f"{row['learning_rate']:g}",
@@ -51,7 +53,9 @@ def markdown(record: Mapping[str, Any]) -> str:
     caption = (
         f"SST-2's dev set, {configuration['model']}, {configuration['steps']} steps of "
         f"{configuration['batch_size']} rows of at most {configuration['max_tokens']} tokens, "
-        f"{configuration['rows']} rows; accuracy in %, means of the seeds, and points above full "
+        f"{configuration['rows']} rows; "
+        f"accuracy in %, the mean of {configuration['seeds']} seeds (goals are judged by 3), and "
+        f"points above full "
         f"AdamW and above a linear probe on the frozen encoder "
         f"({_probe(summary['probe'])}); bytes at the peak of a step on the longest "
         f"rows, MiB; processor seconds of a run's training on {found['cpu']}."
@@ -61,6 +65,9 @@ def markdown(record: Mapping[str, Any]) -> str:
         "",
         *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
     ]
+    missing = [name for name in STACKS if name not in {row["stack"] for row in summary["rows"]}]
+    if missing:
+        lines += ["", f"Not in this result: {'; '.join(missing)}."]
     if summary["refused"]:
         lines += ["", "Refused alone on this model:", ""]
         lines += [f"- `{name}`: {reason}" for name, reason in sorted(summary["refused"].items())]

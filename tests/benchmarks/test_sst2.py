@@ -111,6 +111,7 @@ def test_goals_are_judged_by_means_of_three_seeds() -> None:
                 "batch_size": 16,
                 "max_tokens": 24,
                 "rows": 2400,
+                "seeds": 3,
             },
             device="cpu",
         ),
@@ -120,6 +121,8 @@ def test_goals_are_judged_by_means_of_three_seeds() -> None:
     table = markdown(record)
     assert "| badam | 83.3 (83.0, 83.0, 84.0) | -2.7 | +4.3 | **missed** | 0.0001 | 5 |" in table
     assert "- `fused_loss`: no language-model head" in table
+    assert "Not in this result: activation_checkpoint;" in table
+    assert "| adamw | 86.0 (86.0, 85.0, 87.0) | +0.0 | +7.0 | met |" in table
 
 
 def test_the_probe_finds_the_side_of_a_plane() -> None:
