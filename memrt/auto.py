@@ -151,9 +151,13 @@ def choose(
             search.leave_out(rung, FULL)
         elif search.climb(rung):
             break
+    return _outcome(search, shapes_are_free=window is None)
+
+
+def _outcome(search: Search, *, shapes_are_free: bool) -> Choice:
     remedies = []
     if search.chosen is None:
-        remedies = search.remedies(shapes_are_free=window is None)
+        remedies = search.remedies(shapes_are_free=shapes_are_free)
     taken = search.chosen or search.smallest
     assert taken is not None  # or `remedies` has raised
     rung, stack, found = taken

@@ -16,6 +16,7 @@ is an error and never a wrong loss.
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from memrt.kernels.mixed_precision import product_dtype
 from memrt.surgery import subclass_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from memrt.session import Session
     from memrt.strategy import Attachment
@@ -146,6 +147,15 @@ class HeadDoor:
     def __exit__(self, *_: object) -> None:
         self.active = False
         self._hidden = self._stand_in = self._loss = None
+
+    @contextmanager
+    def without_logits(self) -> Iterator[None]:
+        """Around an evaluation that needs the loss alone."""
+        self.loss_only = True
+        try:
+            yield
+        finally:
+            self.loss_only = False
 
     def take(self, hidden: Tensor, vocabulary: int) -> Tensor:
         """Keep the head's input [..., tokens, hidden]; returns [..., 1 or 0, vocabulary]."""

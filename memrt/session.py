@@ -6,8 +6,8 @@ Trainer makes its own.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ from memrt.surgery import Surgery
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from memrt.profiling.accounts import Account, Place
     from memrt.profiling.ledger import Ledger
@@ -263,17 +262,9 @@ class Session:
             self.model.zero_grad(set_to_none=True)
             self._in_step = False
 
-    @contextmanager
-    def loss_only(self) -> Iterator[None]:
+    def loss_only(self) -> AbstractContextManager[None]:
         """Around an evaluation that looks at the loss alone: who owns the head makes no logits."""
-        if self._head is None:
-            yield
-            return
-        self._head.loss_only = True
-        try:
-            yield
-        finally:
-            self._head.loss_only = False
+        return nullcontext() if self._head is None else self._head.without_logits()
 
     # ---------------------------------------------------------------- gradients
 
@@ -380,18 +371,6 @@ class Session:
     def drop_ledger(self) -> None:
         """Count no further: the run goes on at full speed. The ledger's log stays readable."""
         self._observer.drop()
-
-    @property
-    def stands_apart(self) -> Literal["no", "may", "must"]:
-        """Whether what trained can, or can only, be written without the model it belongs to."""
-        found = {attachment.apart for attachment in self.attachments}
-        return "must" if "must" in found else "may" if "may" in found else "no"
-
-    def save_apart(self, folder: Path) -> None:
-        """Write what trained, without the model that it belongs to, into a folder."""
-        for attachment in self.attachments:
-            if attachment.apart != "no":
-                attachment.save_apart(folder)
 
     def export(self) -> nn.Module:
         """Detach, and return the model in a form that plain transformers loads."""

@@ -25,13 +25,15 @@ def write_trained(trainer: Trainer, folder: Path, *, base: str | None) -> str:
     """
     from memrt.export import export_run
 
-    session = trainer.session
-    apart = "no" if session is None else session.stands_apart
-    if session is None or apart == "no" or (apart == "may" and base is None):
+    attached = [] if trainer.session is None else trainer.session.attachments
+    parts = [attachment for attachment in attached if attachment.apart != "no"]
+    alone = any(part.apart == "must" for part in parts)
+    if not parts or (base is None and not alone):
         export_run(trainer, folder)
         return "model"
     with staged(folder) as made:
-        session.save_apart(made)
+        for part in parts:
+            part.save_apart(made)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(made)
-    return "side network" if apart == "must" else f"adapters of {base}"
+    return "side network" if alone else f"adapters of {base}"

@@ -30,6 +30,7 @@ from torch import nn
 from memrt.kernels.ladder import KEPT
 from memrt.ladder.attach import final_norm, task_head
 from memrt.ladder.build import build_ladder, prunes
+from memrt.ladder.files import write_ladder
 from memrt.ladder.shape import body_of, narrow_config
 from memrt.profiling.accounts import Account
 from memrt.registry import register
@@ -238,9 +239,12 @@ class _Ladder(Attachment):
 
     def save_apart(self, folder: Path) -> None:
         """The side network, as `memrt.load_ladder` takes it."""
-        from memrt.ladder_files import write_ladder
-
-        write_ladder(self.run, folder)
+        write_ladder(
+            self.run.model,
+            folder,
+            settings=self.settings.to_json(),
+            trained=self.settings.trained_head(self.run.facts),
+        )
 
     def export(self, model: nn.Module) -> None:
         """A side network is no part of any plain model."""

@@ -64,6 +64,7 @@ HUGGING_FACE_MODULES = (
     "memrt.callback",
     "memrt.loading",
     "memrt.checkpoint",
+    "memrt.checkpoint_loading",
     "memrt.export",
     "memrt.data",
     "memrt.cli",
