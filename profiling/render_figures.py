@@ -147,7 +147,7 @@ def _of_total(label: str, num_bytes: int | None) -> Bar | None:
 def _sources(report: Report) -> Bars | None:
     """Predicted, counted, allocator, driver: the peak as each of them sees it."""
     monitor = report["monitor"] or {}
-    allocator = (monitor.get("allocator") or {}).get("allocated_peak_bytes")
+    allocator = (monitor.get("allocator") or {}).get("peak_allocated_bytes")
     bars = [
         _of_accounts("predicted", (report["predicted"] or {}).get("accounts")),
         _of_accounts("counted", report["accounts"]),

@@ -94,7 +94,7 @@ def _memory(report: Report) -> Section:
     monitor = report["monitor"] or {}
     missing = []
     for title, value, reason in (
-        ("allocator", (monitor.get("allocator") or {}).get("allocated_peak_bytes"), "allocator"),
+        ("allocator", (monitor.get("allocator") or {}).get("peak_allocated_bytes"), "allocator"),
         ("NVML", monitor.get("process_peak_bytes"), "nvml"),
         ("RSS", monitor.get("rss_peak_bytes"), ""),
     ):

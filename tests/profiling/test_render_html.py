@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from memrt.profiling.allocator import AllocatorPeaks, AllocatorReading
 from memrt.profiling.render_figures import Areas, Bars, Lines, figures, ticks
 from memrt.profiling.render_html import to_html
 from memrt.profiling.render_html_style import DARK, LIGHT, STYLE
@@ -135,7 +137,17 @@ def test_the_segments_of_a_bar_are_the_accounts() -> None:
 
 
 def test_what_the_driver_saw_stands_beside_it() -> None:
-    seen = monitor(process_peak_bytes=300 * MIB, allocator={"allocated_peak_bytes": 20 * MIB})
+    reading = AllocatorReading(**dict.fromkeys((f.name for f in fields(AllocatorReading)), 0))
+    allocator = AllocatorPeaks(
+        peak_allocated_bytes=20 * MIB,
+        peak_active_bytes=0,
+        peak_reserved_bytes=0,
+        num_alloc_retries=0,
+        num_ooms=0,
+        last=reading,
+        phases={},
+    ).to_json()
+    seen = monitor(process_peak_bytes=300 * MIB, allocator=allocator)
     (bars,) = [f for f in figures(profile(monitor=seen)) if isinstance(f, Bars) and f.bars[:4]][:1]
     assert {bar.label: bar.total / MIB for bar in bars.bars} == {
         "predicted": 15.0,
