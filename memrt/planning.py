@@ -240,7 +240,8 @@ def simulate(
             model = build()
         integers = stack.enter_context(real_integers(routing))
         stack.enter_context(ledger)
-        counter = stack.enter_context(FlopCounter(ledger.now))
+        counter = FlopCounter(ledger.now)
+        ledger.on_operator = counter.see
         with fake_initialisers():  # a strategy may build layers of its own
             run = start(model, strategies, settings=settings, ledger=ledger, loss_of=loss_of)
         for _ in range(steps):

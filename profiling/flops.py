@@ -181,9 +181,13 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func not in self._free:
-            self._count(func, args, kwargs or {}, result)
+        self.see(func, args, kwargs or {}, result)
         return result
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Count one call, for who sees calls already (`Ledger.on_operator`)."""
+        if func not in self._free:
+            self._count(func, args, kwargs, result)
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if not isinstance(func, torch._ops.OpOverload):

@@ -96,6 +96,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.timeline = Timeline()
         self.moved: dict[tuple[int, str], int] = {}
         """Bytes moved by optimizer step and direction, such as "device to host"."""
+        self.on_operator: Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None] | None = None
+        """Told of every operator, its arguments and its result; a second dispatch mode costs more
+        than what most have to do."""
         self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], Record]] = {}
         self._phase = "load"
         self._step = -1
@@ -134,6 +137,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                             self._see(inner, func)
         if func.namespace == "memrt":  # scratch lives beside the outputs
             self._count_workspace(func, args, kwargs or {})
+        if self.on_operator is not None:
+            self.on_operator(func, args, kwargs or {}, result)
         return result
 
     def _see(self, tensor: Tensor, func: Any) -> None:
