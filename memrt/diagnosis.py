@@ -27,8 +27,8 @@ SCHEMA = "memrt.doctor/1"
 
 REQUIRED = (
     *("torch", "transformers", "accelerate", "datasets", "bitsandbytes", "huggingface-hub"),
-    *("jinja2", "numpy", "nvidia-ml-py", "omegaconf", "peft", "psutil", "pyyaml", "rich"),
-    *("safetensors", "tokenizers"),
+    *("jinja2", "numpy", "nvidia-ml-py", "omegaconf", "peft", "psutil", "pyarrow", "pyyaml"),
+    *("rich", "safetensors", "tokenizers"),
 )
 OPTIONAL = {
     "triton": "memrt's own GPU kernels; it comes with PyTorch's CUDA builds",

@@ -333,16 +333,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         batch_size=options.batch_size,
         epochs=options.epochs,
     )
-    logging.getLogger("memrt").setLevel(logging.ERROR)
     try:
         folder = options.folder / "rates" if chooses else options.folder
         place = _workplace(folder, data, PROXY if chooses else settings)
     except ValueError as error:
         parser.error(str(error))
-    if chooses:
-        _choose_rates(place, options.choose_rates or list(RATES))
-    else:
-        _compare(place, options)
+    logger = logging.getLogger("memrt")
+    before = logger.level
+    logger.setLevel(logging.ERROR)  # advice to users of a stack, said again for every run of it
+    try:
+        if chooses:
+            _choose_rates(place, options.choose_rates or list(RATES))
+        else:
+            _compare(place, options)
+    finally:
+        logger.setLevel(before)
     return 0
 
 
