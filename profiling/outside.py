@@ -3,7 +3,8 @@
 From one simulated run: what lies on the device between two steps (`rest`), and how far above that
 each of them goes.
 
-    load      what is placed and the one weight that is on its way there (`memrt.load`)
+    load      what is placed and the one weight that is on its way there (`memrt.load`); a plan
+              from a config alone draws random ones, but that one weight of a file is counted
     evaluate  rest, and the forward of one batch without a graph (and without logits, where a
               strategy owns the head)
     save      rest; on the host a file of weights at most, for what comes from a device is copied
@@ -94,7 +95,10 @@ class Outside:
         file = max(min(largest_file_bytes, self.weights_bytes), self.largest_weight_bytes)
         largest = max(self.largest_weight_bytes, self.largest_state_bytes)
         return {
-            "load": {"device": self.load_bytes, "host": self.load_bytes - self.loaded_bytes},
+            "load": {
+                "device": self.load_bytes,
+                "host": max(self.load_bytes - self.loaded_bytes, self.largest_weight_bytes),
+            },
             "evaluate": {"device": self.evaluate_bytes, "host": self.evaluate_host_bytes},
             "save": {
                 "device": self.rest_bytes,
