@@ -32,6 +32,7 @@ from memrt.data import Collator, load_examples
 from memrt.data_files import require_file
 from memrt.memory_report import NUM_STEPS, losses_of
 from memrt.model_source import CLASSIFICATION
+from memrt.profiling.monitor import Monitor
 from memrt.profiling.render_train import peak_line
 from memrt.profiling.report import SCHEMA
 from memrt.trainer import Trainer
@@ -53,6 +54,7 @@ class TrainRun:
         self._words = words
         self._folder: RunFolder | None = None
         self._predicted: dict[str, Any] | None = None
+        self._loading: dict[str, Any] = {}
 
     def last_checkpoint(self) -> str | None:
         """The newest whole checkpoint, if the run came that far."""
@@ -126,7 +128,9 @@ class TrainRun:
 
     def _trainer(self) -> tuple[Trainer, Speed, ConsoleCallback]:
         settings, arguments = self.settings, self.settings.arguments
-        model, notes = self._model.load(settings)
+        with Monitor(device=arguments.device) as monitor, monitor.phase("load"):
+            model, notes = self._model.load(settings)
+        self._loading = monitor.report().to_json()["phases"]
         for note in notes:
             _say(f"note: {note}")
         trainer = Trainer(
@@ -219,7 +223,7 @@ class TrainRun:
         return {
             "schema": SCHEMA,
             "kind": "train",
-            **read_counted(folder.path),
+            **_with_phases(read_counted(folder.path), self._loading),
             "predicted": self._predicted,
             "tokens_per_second": speed.tokens_per_second,
             "loss": losses[-1]["loss"] if losses else None,
@@ -233,6 +237,14 @@ class TrainRun:
             "output": str(folder.path),
             "data": {**self._data.summary.as_dict(), "label_names": self._data.label_names},
         }
+
+
+def _with_phases(counted: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """What a memory report holds, with phases that were over before the Trainer watched."""
+    monitor = counted["monitor"]
+    if monitor is None:
+        return counted
+    return {**counted, "monitor": {**monitor, "phases": {**earlier, **monitor["phases"]}}}
 
 
 def _steps_left(trainer: Trainer, checkpoint: Path) -> int:

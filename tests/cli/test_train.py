@@ -78,6 +78,9 @@ def test_the_report_tells_what_was_predicted_and_counted(memrt: Command) -> None
     page = written.with_suffix(".md").read_text()
     assert "predicted" in page
     assert "int8_states+fused_loss" in page
+    assert {"load", "counted", "forward", "save"} <= set(report["monitor"]["phases"])
+    assert set(report["predicted"]["outside"]) == {"load", "evaluate", "save", "resume"}
+    assert "Peak of every phase" in page
 
 
 def test_without_json_the_report_is_text_and_the_steps_are_told(memrt: Command) -> None:
