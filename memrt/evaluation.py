@@ -52,20 +52,32 @@ class EvaluationMixin(_Trainer):  # type: ignore[misc]
     _num_prediction_batches = 0
     """Of an evaluation that keeps its predictions and has not yet said how much that is."""
 
-    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """transformers' loop, with predictions on the host and metrics streamed that can be."""
-        with self._frugal_arguments():
+        only = self.args.prediction_loss_only
+        loss_only = only if prediction_loss_only is None else prediction_loss_only
+        with self._frugal_arguments(predicts=not loss_only):
             keeps = not self.args.batch_eval_metrics and self.preprocess_logits_for_metrics is None
-            self._num_prediction_batches = _length(dataloader) if keeps else 0
-            return super().evaluation_loop(dataloader, *args, **kwargs)
+            self._num_prediction_batches = _length(dataloader) if keeps and not loss_only else 0
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, *args, **kwargs
+            )
 
     @contextmanager
-    def _frugal_arguments(self) -> Iterator[None]:
+    def _frugal_arguments(self, *, predicts: bool) -> Iterator[None]:
         args = self.args
         kept = args.batch_eval_metrics, args.eval_accumulation_steps
         if is_streamed(self.compute_metrics):
             args.batch_eval_metrics = True
-        if args.eval_accumulation_steps is None and args.device.type != "cpu":
+        # transformers also empties the device's cache then, which losses alone are not worth
+        if predicts and args.eval_accumulation_steps is None and args.device.type != "cpu":
             args.eval_accumulation_steps = 1
         try:
             yield

@@ -116,12 +116,14 @@ def test_predictions_leave_a_device_after_each_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = evaluated(tmp_path, strategies=[], compute_metrics=accuracy)
-    with trainer._frugal_arguments():
+    with trainer._frugal_arguments(predicts=True):
         assert trainer.args.eval_accumulation_steps is None  # they are on the host already
     monkeypatch.setattr(
         transformers.TrainingArguments, "device", property(lambda _: torch.device("meta"))
     )
-    with trainer._frugal_arguments():
+    with trainer._frugal_arguments(predicts=False):
+        assert trainer.args.eval_accumulation_steps is None
+    with trainer._frugal_arguments(predicts=True):
         assert trainer.args.eval_accumulation_steps == 1
     assert trainer.args.eval_accumulation_steps is None
 
