@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -88,13 +88,11 @@ class EvaluationMixin(_Trainer):  # type: ignore[misc]
         self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
         """transformers' `prediction_step`; one that returns the loss alone makes no logits."""
-        step = super().prediction_step
-        if prediction_loss_only:
-            if self.session is None:
-                return step(model, inputs, prediction_loss_only, *args, **kwargs)
-            with self.session.loss_only():
-                return step(model, inputs, prediction_loss_only, *args, **kwargs)
-        loss, logits, labels = step(model, inputs, prediction_loss_only, *args, **kwargs)
+        session = self.session if prediction_loss_only else None
+        with nullcontext() if session is None else session.loss_only():
+            loss, logits, labels = super().prediction_step(
+                model, inputs, prediction_loss_only, *args, **kwargs
+            )
         if self._num_prediction_batches:
             _check_host_memory(_num_bytes(logits) * self._num_prediction_batches)
             self._num_prediction_batches = 0

@@ -23,7 +23,7 @@ import torch
 import transformers
 from torch import nn
 
-from memrt.checkpoint import SETTINGS_NAME, STATE_NAME, staged
+from memrt.checkpoint import MAX_SHARD_BYTES, SETTINGS_NAME, STATE_NAME, staged
 from memrt.checkpoint_weights import cast_plan
 from memrt.errors import CheckpointWriteError
 from memrt.export_source import Source
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Exported", "export_checkpoint", "export_run", "strip"]
 
-MAX_SHARD_SIZE = "5GB"
 
 _RUN_FILES = (
     "optimizer*",
@@ -114,7 +113,7 @@ def export_run(
     output_dir: str | Path,
     *,
     processing_class: Any = None,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
+    max_shard_size: str | int = MAX_SHARD_BYTES,
 ) -> Path:
     """Write the model of a session or Trainer as a plain transformers folder, and end the run.
 
@@ -149,7 +148,7 @@ def export_checkpoint(
     base: str | Path | nn.Module | None = None,
     task: str | None = None,
     dtype: torch.dtype | None = None,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
+    max_shard_size: str | int = MAX_SHARD_BYTES,
     verify: bool = False,
     on_written: Callable[[int], None] = lambda total: None,
 ) -> Exported:

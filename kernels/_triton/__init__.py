@@ -1,0 +1,1 @@
+"""Triton kernels; each is imported inside the function that launches it."""

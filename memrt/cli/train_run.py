@@ -128,9 +128,7 @@ class TrainRun:
 
     def _trainer(self) -> tuple[Trainer, Speed, ConsoleCallback]:
         settings, arguments = self.settings, self.settings.arguments
-        with Monitor(device=arguments.device) as monitor, monitor.phase("load"):
-            model, notes = self._model.load(settings)
-        self._loading = monitor.report().to_json()["phases"]
+        model, notes = self._load_model() if arguments.memory_report else self._model.load(settings)
         for note in notes:
             _say(f"note: {note}")
         trainer = Trainer(
@@ -153,6 +151,13 @@ class TrainRun:
         for ours in (Intervals(), speed, console):
             trainer.add_callback(ours)
         return trainer, speed, console
+
+    def _load_model(self) -> tuple[Any, list[str]]:
+        """The model and what to tell of it, with loading watched for the memory report."""
+        with Monitor(device=self.settings.arguments.device) as monitor, monitor.phase("load"):
+            loaded: tuple[Any, list[str]] = self._model.load(self.settings)
+        self._loading = monitor.report().to_json()["phases"]
+        return loaded
 
     def _tell_of_frozen_head(self, model: Any) -> None:
         frozen = frozen_head(model)
