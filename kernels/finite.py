@@ -20,7 +20,13 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     """True where no element is NaN or infinite; of no element at all, too."""
     known = [tensor for tensor in tensors if tensor.numel()]
     # the largest magnitude is a number of the tensor itself: it cannot overflow, as a sum would
-    return bool(get_total_norm(known, norm_type=torch.inf).isfinite()) if known else True
+    on_cpu = [tensor for tensor in known if tensor.device.type == "cpu"]
+    if on_cpu:  # where the infinity norm takes 10 to 60 times as long as both ends
+        ends = [end.double() for tensor in on_cpu for end in torch.aminmax(tensor)]
+        if not torch.stack(ends).isfinite().all():
+            return False
+    others = [tensor for tensor in known if tensor.device.type != "cpu"]
+    return bool(get_total_norm(others, norm_type=torch.inf).isfinite()) if others else True
 
 
 @all_finite.register_fake
