@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +17,13 @@ from memrt.kernels.gaussian_matrix import (
     matrix_key,
     workspace_bytes,
 )
+from tests.kernels.aot import ARCHITECTURES, SHARED_LIMIT_BYTES, compile_ahead
+from tests.kernels.interpreter import call_interpreted
 from tests.kernels.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
+# 4 warps of 96 registers a thread leave room for 5 programs on a multiprocessor
+MAX_REGISTERS = 96
 
 
 def make(rows: int, columns: int, *, std: float = 1.0, number: int = 0) -> torch.Tensor:
@@ -55,7 +61,7 @@ def test_pieces_make_the_whole(shape: tuple[int, int], monkeypatch: pytest.Monke
     whole = make(*shape, std=0.25)
     assert whole.shape == shape
     assert bool(torch.isfinite(whole).all())
-    monkeypatch.setitem(module.PIECE_PAIRS, "cpu", 7)
+    monkeypatch.setattr(module, "PIECE_PAIRS", 7)
     before = torch.get_rng_state()
     assert torch.equal(make(*shape, std=0.25), whole)
     assert torch.equal(torch.get_rng_state(), before)
@@ -90,14 +96,13 @@ def test_no_pair_of_a_large_matrix_is_met_twice() -> None:
 
 
 def test_workspace_is_what_is_used() -> None:
-    for shape in ((64, 33), (500, 900)):
+    for shape in ((64, 33), (430, 600)):  # one piece, and two
         target = torch.empty(shape)
-        with LiveBytes() as live:
-            pairs = torch.arange(min(-(-target.numel() // 2), module.PIECE_PAIRS["cpu"]))
-            first, second = gaussian_pairs_reference(pairs, (1, 2))
-            first.mul_(0.5)
-            second.mul_(0.5)
+        with LiveBytes([target]) as live:
+            module._fill._init_fn(target, 1, 2, 0.5)
         assert 0.8 * workspace_bytes(target) <= live.peak_bytes <= workspace_bytes(target)
+    with FakeTensorMode():
+        assert workspace_bytes(torch.empty(5000, 5000, device="cuda")) == 0
 
 
 def test_a_fake_matrix_has_its_shape() -> None:
@@ -105,3 +110,74 @@ def test_a_fake_matrix_has_its_shape() -> None:
         found = make(300, 7)
     assert found.shape == (300, 7)
     assert found.dtype == torch.float32
+
+
+def test_opcheck() -> None:
+    arguments = {"target": torch.zeros(5, 3), "key0": 1, "key1": 2, "std": 0.5}
+    torch.library.opcheck(torch.ops.memrt.fill_gaussian.default, (), arguments)
+
+
+@pytest.mark.slow  # compiles for some ten seconds
+def test_compiled_pieces_have_the_bits_of_eager_ones() -> None:
+    found = make(600, 701, std=0.3)
+    assert found.numel() >= module.COMPILED_FROM_ELEMENTS
+    assert not module._compiled_piece.fell_back
+    cosines, sines = gaussian_pairs_reference(torch.arange(210_300), matrix_key(42, 0))
+    assert_same(found, torch.cat([cosines, sines]).mul_(0.3).float().view(600, 701))
+
+
+# ---------------------------------------------------------------- Triton
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """All bits, but for what the docstring claims: one element in 10^8, one unit off."""
+    assert int((found != expected).sum()) <= 1
+    torch.testing.assert_close(found, expected, rtol=2**-23, atol=0)
+
+
+def call_of(*shape: int, std: float, device: str = "cpu") -> dict[str, Any]:
+    target = torch.full(shape, float("nan"), device=device)
+    key0, key1 = matrix_key(42, 0)
+    return {"target": target, "key0": key0, "key1": key1, "std": std}
+
+
+def test_the_interpreted_kernel_has_the_numbers_of_the_reference() -> None:
+    """Also for a standard deviation that fp32 does not have."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    calls = [call_of(*shape, std=1 / 3) for shape in ((0, 3), (1, 1), (1, 2), (67, 45), (301, 200))]
+    found = call_interpreted("memrt.kernels.gaussian_matrix:_fill", calls)
+    for left in found:
+        assert_same(left["target"], make(*left["target"].shape, std=1 / 3))
+
+
+def test_it_compiles_for_every_architecture_without_spills(
+    record_property: Callable[[str, object], None],
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    found = compile_ahead(
+        "memrt.kernels._triton.gaussian_matrix:fill_gaussian_kernel",
+        {
+            "target_ptr": "*fp32",
+            "num_elements": "i64",
+            **dict.fromkeys(("num_pairs", "key0", "key1"), "i32"),
+            "std": "fp64",
+        },
+        {"BLOCK": 512},
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    assert set(found) == set(ARCHITECTURES)
+    for architecture, resources in found.items():
+        record_property(f"sm_{architecture}", str(resources))
+        assert resources.spill_bytes == 0, resources
+        assert resources.registers <= MAX_REGISTERS, resources
+        assert resources.shared_bytes <= SHARED_LIMIT_BYTES[architecture], resources
+
+
+@pytest.mark.gpu
+def test_a_gpu_has_the_numbers_of_the_cpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    call = call_of(1000, 701, std=1 / 3, device="cuda")
+    module._fill(**call)
+    assert_same(call["target"].cpu(), make(1000, 701, std=1 / 3))
