@@ -100,10 +100,12 @@ _FORMULAS: dict[str, Formula] = {
 _ELEMENTWISE = frozenset(
     f"memrt::{name}"
     for name in (
+        "add_channels",
         "adamw_fp8",
         "adamw_int4",
         "adamw_int8",
         "all_finite",
+        "channel_norms",
         "fill_gaussian",
         "int8_dequantize",
         "int8_quantize",
