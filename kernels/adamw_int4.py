@@ -34,6 +34,7 @@ from memrt.kernels.adamw_step import (
     in_groups,
     key_tensor,
     num_groups,
+    pieces,
     step_scalars,
     stepped,
     write_parameter,
@@ -214,15 +215,12 @@ def _step_in_pieces(
     scalars: Tensor,
     key: Tensor | None,
 ) -> None:
-    n = parameter.numel()
-    worth_compiling = n >= COMPILED_FROM_ELEMENTS
-    for start in range(0, n, PIECE_ELEMENTS):
-        stop = min(start + PIECE_ELEMENTS, n)
+    cut = pieces(parameter.numel(), whole=PIECE_ELEMENTS, compiled_from=COMPILED_FROM_ELEMENTS)
+    for start, stop, compiled in cut:
         part, data = slice(start, stop), slice(start // 2, num_code_bytes(stop))
         blocks = slice(start // GROUP_SIZE, num_groups(stop))
         piece = State(*(t[data] for t in state[:2]), *(t[blocks] for t in state[2:]))
-        whole = stop - start == PIECE_ELEMENTS
-        update = _compiled_piece if worth_compiling and whole else _step_piece
+        update = _compiled_piece if compiled else _step_piece
         update(parameter[part], gradient[part], *piece, scalars, key, torch.tensor(start))
 
 

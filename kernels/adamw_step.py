@@ -13,7 +13,7 @@ Source: Loshchilov and Hutter, arXiv 1711.05101, in the order of torch.optim.Ada
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,15 +29,18 @@ __all__ = [
     "in_groups",
     "key_tensor",
     "num_groups",
+    "pieces",
     "step_scalars",
     "stepped",
     "write_parameter",
 ]
 
 GROUP_SIZE = 128
-# Compiled code is made for whole pieces; the rest of a parameter, and a parameter too small to be
-# worth some seconds of compiling, take the same steps eagerly.
-COMPILED_FROM_ELEMENTS = 2**18
+# Compiled code is made for pieces of two sizes; the rest of a parameter, and a parameter too small
+# to be worth some seconds of compiling, take the same steps eagerly.
+COMPILED_FROM_ELEMENTS = 2**16
+SHORT_PIECES = 8
+"""How many short pieces make a whole one: eagerly, even a few elements take a millisecond."""
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,6 +53,21 @@ def in_groups(tensor: Tensor) -> Tensor:
     """A flat tensor as [groups, 128], filled up with zeros."""
     missing = num_groups(tensor.numel()) * GROUP_SIZE - tensor.numel()
     return (pad(tensor, (0, missing)) if missing else tensor).view(-1, GROUP_SIZE)
+
+
+def pieces(num_elements: int, *, whole: int, compiled_from: int) -> Iterator[tuple[int, int, bool]]:
+    """First and last element of every piece, and whether it is of a size that is compiled.
+
+    Whole pieces, then short ones, then the rest. Only the number of elements decides: a resumed run
+    takes each piece the same way.
+    """
+    sizes = (whole, whole // SHORT_PIECES) if num_elements >= compiled_from else ()
+    start = 0
+    while start < num_elements:
+        left = num_elements - start
+        size = next((size for size in sizes if size <= left), min(left, whole))
+        yield start, start + size, size in sizes
+        start += size
 
 
 def step_scalars(

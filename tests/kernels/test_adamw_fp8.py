@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memrt.kernels import adamw_fp8 as module
 from memrt.kernels.adamw_fp8 import adamw_fp8, adamw_fp8_reference, workspace_bytes
+from memrt.kernels.adamw_step import pieces
 from memrt.kernels.compiled import CompiledFunction
 from memrt.kernels.expanded_fp8 import num_groups
 from memrt.kernels.stochastic_rounding import random_bits_reference, stochastic_round_reference
@@ -347,3 +348,16 @@ def test_importing_the_module_imports_neither_triton_nor_the_compiler() -> None:
         "sys.exit('triton' in sys.modules or 'torch._inductor.codegen' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("num_elements", [1, 700, 1024, 1100, 2048, 2048 + 3 * 128 + 5])
+def test_pieces_cover_a_parameter_once_and_begin_with_a_group(num_elements: int) -> None:
+    cut = list(pieces(num_elements, whole=1024, compiled_from=1024))
+    assert [start for start, _, _ in cut] == [0, *(stop for _, stop, _ in cut[:-1])]
+    assert cut[-1][1] == num_elements
+    assert all(start % module.GROUP_SIZE == 0 for start, _, _ in cut)
+    compiled = {stop - start for start, stop, compiled in cut if compiled}
+    assert compiled <= {1024, 128}
+    assert bool(compiled) is (num_elements >= 1024)
+    rest = sum(stop - start for start, stop, compiled in cut if not compiled)
+    assert num_elements < 1024 or rest < 128
