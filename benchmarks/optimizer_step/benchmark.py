@@ -1,25 +1,32 @@
 """What a step of AdamW costs with its moments in fewer bits.
 
-Claim: with FP8 moments a step takes no longer than bitsandbytes' 8-bit step on the same parameters,
-and state falls from 8 to about 2 bytes a parameter.
+Claim: with FP8 moments and dynamic range expansion a step takes no longer than bitsandbytes' 8-bit
+step on the same parameters, and at most 2.5 times torchao's on plain FP8 moments, which expands
+nothing; state falls from 8 to about 2 bytes a parameter.
 
-How it is measured: torch's fused AdamW, bitsandbytes' AdamW8bit and memrt's AdamW in every state
-format, each with parameters and gradients of its own and of the same sizes, take turns step by step
-in one process, and which one goes first rotates. Steps before that create state and compile; they
-are not counted. The ratio of a round is the time of a step over that of torch's fused AdamW in the
-same round. State bytes are those of the tensors that the optimizer holds afterwards.
+How it is measured: torch's fused AdamW, bitsandbytes' AdamW8bit, torchao's AdamWFp8 and memrt's
+AdamW in every state format, each with parameters and gradients of its own and of the same sizes,
+take turns step by step in one process, and which one goes first rotates. Steps before that create
+state and compile; they are not counted. The ratio of a round is the time of a step over that of
+torch's fused AdamW in the same round. State bytes are those of the tensors that the optimizer holds
+afterwards. Without torchao (it is in no extra: pip install --no-deps torchao) its part of the goal
+is not judged.
 
-Goal: the median FP8 step is at most that of bitsandbytes, in the parameters' dtype.
+Goal: the median FP8 step is at most that of bitsandbytes and 2.5 × torchao's, in either dtype.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from benchmarks.record import spread
 from memrt.optimizers.adamw import AdamW
@@ -28,8 +35,10 @@ from memrt.optimizers.state_formats import STATE_FORMATS
 __all__ = ["CLAIM", "DEFAULTS", "GOAL", "TINY", "measure", "run"]
 
 CLAIM = "An AdamW step on FP8 moments takes no longer than bitsandbytes' on 8-bit ones."
-GOAL = "the median FP8 step takes at most the time of bitsandbytes' 8-bit step"
-BASE, PEER, OURS = "torch fused", "bitsandbytes 8-bit", "memrt fp8"
+GOAL = "median FP8 step at most bitsandbytes' 8-bit step and 2.5 × torchao's on plain FP8"
+BASE, OURS = "torch fused", "memrt fp8"
+LIMITS = {"bitsandbytes 8-bit": 1.0, "torchao fp8": 2.5}
+"""How many steps of a peer a step of ours may take."""
 
 DEFAULTS: dict[str, Any] = {
     "num_parameters": 16,
@@ -65,11 +74,23 @@ def _optimizers(
 
     found: dict[str, torch.optim.Optimizer] = {
         BASE: torch.optim.AdamW(fresh(), fused=True, **ADAMW),
-        PEER: AdamW8bit(fresh(), **ADAMW),
+        "bitsandbytes 8-bit": AdamW8bit(fresh(), **ADAMW),
     }
+    if find_spec("torchao"):
+        from torchao.optim import AdamWFp8
+
+        found["torchao fp8"] = AdamWFp8(fresh(), **ADAMW)
     for name in STATE_FORMATS:
         found[f"memrt {name}"] = AdamW(fresh(), state_format=name, **ADAMW)
     return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torchao compiles in its first step, and torch warns of deprecations of its own there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _seconds(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
@@ -82,15 +103,24 @@ def _seconds(optimizer: torch.optim.Optimizer, device: torch.device) -> float:
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
     values = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
+    return sum(_bytes(value) for value in values if isinstance(value, torch.Tensor))
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Of what it holds: a subclass of torchao's says that it is an fp32 tensor."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
 
 
 def measure(options: Mapping[str, Any], dtype: str, device: torch.device) -> dict[str, Any]:
     """The seconds of every counted step of every optimizer, and its state's bytes."""
-    optimizers = _optimizers(options, getattr(torch, dtype), device)
-    for _ in range(options["warm_up"]):
-        for optimizer in optimizers.values():
-            _seconds(optimizer, device)
+    with _quiet():
+        optimizers = _optimizers(options, getattr(torch, dtype), device)
+        for _ in range(options["warm_up"]):
+            for optimizer in optimizers.values():
+                _seconds(optimizer, device)
     labels = list(optimizers)
     seconds: dict[str, list[float]] = {label: [] for label in labels}
     for step in range(options["steps"]):
@@ -129,8 +159,8 @@ def run(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "repetitions": repetitions,
         "summary": summary,
-        "met": all(_median(each, OURS) <= _median(each, PEER) for each in summary.values()),
-        "reason": _reason(summary, (OURS, PEER, BASE)),
+        "met": _met(summary),
+        "reason": _reason(summary, (OURS, *LIMITS, BASE)),
     }
 
 
@@ -139,9 +169,22 @@ def _median(summary: Mapping[str, Any], label: str) -> float:
     return value
 
 
+def _met(summary: Mapping[str, Any]) -> bool | None:
+    """None where a peer is missing and the others' limits hold."""
+    within = [
+        _median(each, OURS) <= limit * _median(each, peer)
+        for each in summary.values()
+        for peer, limit in LIMITS.items()
+        if peer in each
+    ]
+    if not all(within):
+        return False
+    return True if len(within) == len(LIMITS) * len(summary) else None
+
+
 def _reason(summary: Mapping[str, Any], labels: Sequence[str]) -> str:
-    return "; ".join(
-        f"{dtype}: "
-        + ", ".join(f"{label} {_median(each, label):.2f} ns a parameter" for label in labels)
-        for dtype, each in summary.items()
-    )
+    def of(each: Mapping[str, Any]) -> str:
+        found = [label for label in labels if label in each]
+        return ", ".join(f"{label} {_median(each, label):.2f} ns a parameter" for label in found)
+
+    return "; ".join(f"{dtype}: {of(each)}" for dtype, each in summary.items())

@@ -17,7 +17,14 @@ from benchmarks.plan_accuracy.benchmark import rise_in_trace
 from benchmarks.record import RESULTS, ROOT, check_record
 from benchmarks.shapes import SHAPES, llama_config
 
-NAMES = ["ledger_cost", "optimizer_step", "plan_accuracy", "plan_time", "trainer_overhead"]
+NAMES = [
+    "galore_step",
+    "ledger_cost",
+    "optimizer_step",
+    "plan_accuracy",
+    "plan_time",
+    "trainer_overhead",
+]
 
 
 def test_every_folder_with_a_benchmark_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,6 +102,18 @@ def test_plan_ledger_and_profiler_agree(results: dict[str, dict[str, Any]]) -> N
     found = results["plan_accuracy"]
     assert found["verdict"] == "met", found["verdict_reason"]
     assert found["summary"]["plan_equals_ledger"] == found["summary"]["rows"] == 2
+
+
+def test_a_step_of_galore_is_charged_with_its_refreshes(results: dict[str, dict[str, Any]]) -> None:
+    (rows,) = results["galore_step"]["summary"].values()
+    assert rows["galore-torch"]["ratio_to_galore_torch"] == 1
+    every = results["galore_step"]["conditions"]["configuration"]["every"]
+    for name in ("memrt galore", "memrt galore, gradient formed", "galore-torch"):
+        row = rows[name]
+        later, first = row["later_whole_seconds"]["median"], row["first_whole_seconds"]
+        assert row["amortised_whole_seconds"] == pytest.approx(later + (first - later) / every)
+    base = rows["torch fused AdamW"]
+    assert base["amortised_whole_seconds"] == base["later_whole_seconds"]["median"]
 
 
 def test_tiny_results_do_not_go_where_results_are_committed(

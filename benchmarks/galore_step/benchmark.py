@@ -1,0 +1,267 @@
+"""What a training step with GaLore costs, its refreshes included.
+
+Claim: where a model is as wide as those that GaLore is for, a whole step with `galore` takes at
+most half of one with the authors' galore-torch at the same rank and interval, for the gradient is
+not formed and no SVD is taken.
+
+How it is measured: a Llama of random weights trains on the same random ids with torch's fused
+AdamW, with galore-torch's GaLoreAdamW and with `galore` in both forms, in one process, taking turns
+step by step; which one goes first rotates. galore-torch refreshes every weight in the same step,
+`galore` spreads refreshes over the steps; so that both are charged the same way, the interval is
+set so long that only the first step refreshes, and it refreshes everything. For an interval of T
+steps,
+
+    amortised = later step + (first step - later step) / T
+
+with the median over the later steps (`warm_up` of them left out). What a first step costs beside
+refreshes (state that is made) is charged to everybody. A whole step is forward, backward and
+update; the update is the optimizer's step alone, of which memrt's does less, for the projection is
+part of its backward.
+
+Goal: the amortised whole step is at most 0.5 × that of galore-torch for a layer of 8B's shape.
+Narrower models are shown. There the SVDs, whose cost grows with the cube of the width, matter less,
+and multiplications alone set a bound: forward and dX are in both; beside them galore-torch has dW,
+its projection and the lift of the update, `galore` a projection that is small and the lift, so that
+without SVDs the ratio is at least (2 t + r) / (3 t + 2 r) for t tokens and rank r.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import memrt
+from benchmarks.record import spread
+from benchmarks.shapes import llama_config
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+__all__ = ["CLAIM", "DEFAULTS", "GOAL", "TINY", "measure", "name_of", "run", "summarise"]
+
+CLAIM = "A step with galore, refreshes included, takes at most half of one with galore-torch."
+GOAL = "amortised whole step at most 0.5 × galore-torch's for a layer of 8B's shape"
+LARGEST_RATIO = 0.5
+JUDGED = "8B"
+
+BASE, PEER, OURS = "torch fused AdamW", "galore-torch", "memrt galore"
+OURS_FORMED = "memrt galore, gradient formed"
+NEVER = 10**9
+"""An interval within which nothing but the first step refreshes."""
+
+DEFAULTS: dict[str, Any] = {
+    "cases": [
+        {"size": "0.03B", "tokens": 128},
+        {"size": "0.03B", "tokens": 512},
+        {"size": JUDGED, "layers": 1, "vocabulary": 1024, "tokens": 512},
+    ],
+    "sequence_length": 128,
+    "rank": 128,
+    "every": 200,
+    "steps": 6,
+    "warm_up": 1,
+}
+TINY: dict[str, Any] = {
+    "cases": [{"size": "tiny", "tokens": 32}],
+    "sequence_length": 16,
+    "rank": 8,
+    "steps": 2,
+}
+ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+
+Step = Callable[[Tensor], tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Seconds of whole steps and of their updates."""
+
+    whole: list[float]
+    update: list[float]
+
+    def add(self, pair: tuple[float, float]) -> None:
+        """Of one step."""
+        self.whole.append(pair[0])
+        self.update.append(pair[1])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _timed(
+    device: torch.device, before: Callable[[], None], update: Callable[[], None]
+) -> tuple[float, float]:
+    begun = time.perf_counter()
+    before()
+    _synchronize(device)
+    between = time.perf_counter()
+    update()
+    _synchronize(device)
+    ended = time.perf_counter()
+    return ended - begun, ended - between
+
+
+def _config(case: Mapping[str, Any]) -> LlamaConfig:
+    """Of the case's size, with fewer layers or a smaller vocabulary where it says so."""
+    config = llama_config(case["size"])
+    config.num_hidden_layers = case.get("layers", config.num_hidden_layers)
+    config.vocab_size = case.get("vocabulary", config.vocab_size)
+    return config
+
+
+def _model(case: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    return memrt.load(_config(case), dtype=dtype, seed=0).to(device).train()
+
+
+def _loss(model: nn.Module, ids: Tensor) -> Tensor:
+    loss: Tensor = model(input_ids=ids, labels=ids).loss
+    return loss
+
+
+def _plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return lambda ids: _timed(ids.device, lambda: _loss(model, ids).backward(), update)  # type: ignore[no-untyped-call]
+
+
+def _ours(model: nn.Module, form: str, *, every: int, rank: int) -> Step:
+    strategy = {"galore": {"form": form, "rank": rank, "every": every}}
+    session = memrt.prepare(model, [strategy], **ADAMW)
+
+    def before(ids: Tensor) -> None:
+        with session.micro_batch(last=True):
+            session.backward(_loss(model, ids))
+
+    def step(ids: Tensor) -> tuple[float, float]:
+        return _timed(ids.device, lambda: before(ids), lambda: _ignore(session.step()))
+
+    return step
+
+
+def _ignore(_: object) -> None:
+    """What a step returns is not asked for."""
+
+
+def _authors(model: nn.Module, *, every: int, rank: int) -> Step:
+    from galore_torch import GaLoreAdamW
+
+    projected = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name
+    ]
+    chosen = {id(parameter) for parameter in projected}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    low_rank = {"rank": rank, "update_proj_gap": every, "scale": 0.25, "proj_type": "std"}
+    groups = [{"params": rest}, {"params": projected, **low_rank}]
+    return _plain(model, GaLoreAdamW(groups, no_deprecation_warning=True, **ADAMW))
+
+
+def _step(
+    label: str, case: Mapping[str, Any], rank: int, device: torch.device, dtype: torch.dtype
+) -> Step:
+    model = _model(case, device, dtype)
+    if label == BASE:
+        return _plain(model, torch.optim.AdamW(model.parameters(), fused=True, **ADAMW))
+    if label == PEER:
+        return _authors(model, every=NEVER, rank=rank)
+    form = "gradient_free" if label == OURS else "plain"
+    return _ours(model, form, every=NEVER, rank=rank)
+
+
+def measure(
+    options: Mapping[str, Any],
+    case: Mapping[str, Any],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Seconds of the first step, which refreshes, and of the later ones, for every variant."""
+    length = options["sequence_length"]
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = _config(case).vocab_size
+    ids = torch.randint(vocabulary, (case["tokens"] // length, length), generator=generator)
+    ids = ids.to(device)
+    labels = [OURS, PEER, OURS_FORMED, BASE]
+    steps = {label: _step(label, case, options["rank"], device, dtype) for label in labels}
+    first = {label: step(ids) for label, step in steps.items()}
+    later = {label: _Times([], []) for label in labels}
+    for index in range(options["warm_up"] + options["steps"]):
+        turn = index % len(labels)
+        for label in labels[turn:] + labels[:turn]:
+            pair = steps[label](ids)
+            if index >= options["warm_up"]:
+                later[label].add(pair)
+    return {
+        "case": dict(case),
+        "variants": {
+            label: {
+                "first_seconds": {"whole": first[label][0], "update": first[label][1]},
+                "later_seconds": {"whole": later[label].whole, "update": later[label].update},
+            }
+            for label in labels
+        },
+    }
+
+
+def summarise(found: Mapping[str, Any], every: int) -> dict[str, Any]:
+    """Amortised times of every variant, and how many of galore-torch's its whole step takes."""
+
+    def amortised(label: str, kind: str) -> float:
+        times = found["variants"][label]
+        later = float(spread(times["later_seconds"][kind])["median"])
+        if label == BASE:  # refreshes nothing
+            return later
+        return later + (float(times["first_seconds"][kind]) - later) / every
+
+    peer = amortised(PEER, "whole")
+    return {
+        label: {
+            "amortised_whole_seconds": amortised(label, "whole"),
+            "amortised_update_seconds": amortised(label, "update"),
+            "ratio_to_galore_torch": amortised(label, "whole") / peer,
+            "later_whole_seconds": spread(times["later_seconds"]["whole"]),
+            "first_whole_seconds": times["first_seconds"]["whole"],
+        }
+        for label, times in found["variants"].items()
+    }
+
+
+def name_of(case: Mapping[str, Any]) -> str:
+    """A case in words."""
+    layers = case.get("layers")
+    part = "" if layers is None else f"{layers} layer{'s' if layers > 1 else ''} of "
+    return f"{part}{case['size']}, {case['tokens']} tokens"
+
+
+def run(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Every case in turn, on the CPU; the GPU suite calls `measure` on its device."""
+    repetitions = [measure(options, case, torch.device("cpu")) for case in options["cases"]]
+    summary = {name_of(found["case"]): summarise(found, options["every"]) for found in repetitions}
+    judged = [
+        summary[name_of(case)][OURS]["ratio_to_galore_torch"]
+        for case in options["cases"]
+        if case["size"] == JUDGED
+    ]
+    return {
+        "repetitions": repetitions,
+        "summary": summary,
+        "met": max(judged) <= LARGEST_RATIO if judged else None,
+        "reason": "; ".join(_sentence(name, rows) for name, rows in summary.items()),
+    }
+
+
+def _sentence(name: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    ours, peer, base = (rows[label]["amortised_whole_seconds"] for label in (OURS, PEER, BASE))
+    return (
+        f"{name}: {ours:.2f} s, galore-torch {peer:.2f} s ({ours / peer:.2f} ×), torch's fused "
+        f"AdamW {base:.2f} s"
+    )
