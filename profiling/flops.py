@@ -78,6 +78,24 @@ def _ladder_down(hidden: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return 2 * hidden.numel() * int(weight.shape[0])
 
 
+def _lora(output: Tensor, x: Tensor, a: Tensor, *_: Any, **__: Any) -> int:
+    """H [tokens, r] from X, and Z from H."""
+    return 2 * int(a.shape[0]) * (x.numel() + output.numel())
+
+
+def _lora_backward(
+    gradient: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    needs_x: bool,
+) -> int:
+    """H again, dH, dA and dB, and dX where it is needed."""
+    return 2 * int(a.shape[0]) * ((2 + needs_x) * x.numel() + 2 * gradient.numel())
+
+
 _FORMULAS: dict[str, Formula] = {
     "aten::_grouped_mm": _grouped,
     "aten::_linalg_eigh": _eigh,
@@ -94,6 +112,8 @@ _FORMULAS: dict[str, Formula] = {
     "aten::mv": _matmul,
     "aten::vdot": _matmul,
     "memrt::ladder_down": _ladder_down,
+    "memrt::lora": _lora,
+    "memrt::lora_backward": _lora_backward,
 }
 """What torch's registry lacks."""
 

@@ -23,6 +23,7 @@ from benchmarks.gpu.common import PartFile, Setting, parse
 from memrt.kernels.adamw_int8 import adamw_int8, adamw_int8_reference
 from memrt.kernels.dynamic_map import dynamic_map, num_blocks
 from memrt.kernels.linear_cross_entropy import linear_cross_entropy
+from memrt.kernels.lora import lora, lora_reference
 from memrt.kernels.projected_linear import projected_linear
 from memrt.optimizers.adamw import AdamW
 from memrt.optimizers.subspace import Subspace
@@ -172,6 +173,33 @@ def _projected_linear(setting: Setting, dtype: torch.dtype) -> dict[str, Any]:
     )
 
 
+def _lora(setting: Setting, dtype: torch.dtype, *, rank: int) -> dict[str, Any]:
+    """The branch of fp32 adapters beside a layer of `dtype`, as PEFT has them."""
+    tokens, width, height = (67, 40, 24) if setting.tiny else (4100, 512, 768)
+    generator = torch.Generator().manual_seed(7)
+    inputs = _rounded(
+        {
+            "y": torch.randn(tokens, height, generator=generator),
+            "x": torch.randn(tokens, width, generator=generator),
+            "a": torch.randn(rank, width, generator=generator) / width**0.5,
+            "b": torch.randn(height, rank, generator=generator) / rank**0.5,
+        },
+        dtype,
+    )
+
+    def of(operator: Callable[..., Tensor]) -> Loss:
+        def computed(leaves: Named) -> dict[str, Tensor]:
+            a, b = (
+                leaves[name].to(torch.promote_types(leaves[name].dtype, torch.float32))
+                for name in ("a", "b")
+            )
+            return {"z": operator(leaves["y"], leaves["x"], a, b, scaling=1.7, dropout=0.0)}
+
+        return computed
+
+    return _three(setting, dtype, inputs, of(lora), of(lora_reference))
+
+
 def _subspace(setting: Setting, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
     """R against the exact product with the basis; captured energy against the best basis'."""
     rank, tokens = 8, 96
@@ -292,6 +320,8 @@ def _cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
                     _linear_cross_entropy, setting, dtype, accumulate=accumulate, softcap=softcap
                 )
         found[f"projected_linear {kind}"] = partial(_projected_linear, setting, dtype)
+        for rank in (16, 72):
+            found[f"lora {kind} rank={rank}"] = partial(_lora, setting, dtype, rank=rank)
         found[f"adamw {kind}"] = partial(_adamw, setting, dtype)
         found[f"adamw_int8 {kind}"] = partial(_adamw_int8, setting, dtype)
     for dtype in (torch.float32, torch.bfloat16):

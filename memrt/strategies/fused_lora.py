@@ -6,8 +6,10 @@ dropout; one unit is a layer's input in bf16) where full fine-tuning keeps 23.2.
 kept as it came, once for the layers that share it; the branch and the dropout's mask are computed
 again in backward. In a gated MLP whose last layer is adapted, activation and product are computed
 again too: about 16 units. The adapters, their checkpoints and their gradients are PEFT's, to the
-rounding of a sum. Costs 2 · in · r operations a token and layer, and the mask. See
-`memrt.kernels.lora`.
+rounding of a sum. Costs 2 · in · r operations a token and layer, and the mask. On CUDA, Triton
+kernels read the wide tensors as they came and add the branch while they write, without an fp32 copy
+or a temporary of a layer's output; with dropout, the mask and the dropped input are made before
+them, in the adapters' dtype. See `memrt.kernels.lora`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from memrt.adapters import adapter_layers
-from memrt.kernels.lora import Source, gated_product, lora
+from memrt.kernels.gated_product import Source, gated_product
+from memrt.kernels.lora import lora
 from memrt.profiling.accounts import Account
 from memrt.registry import register
 from memrt.strategy import Attachment, Phase, Promise, Strategy

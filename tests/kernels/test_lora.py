@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 
-from memrt.kernels.lora import Source, gated_product, lora, lora_reference
+import memrt.kernels.lora as module
+from memrt.kernels.gated_product import Source, gated_product
+from memrt.kernels.lora import lora, lora_reference
+from memrt.profiling.kernel_scratch import scratch_of
 
 WIDTHS = {"in": 40, "out": 24, "rank": 4}
 LEADING = [(1,), (7,), (2, 3), (0,)]
@@ -159,3 +166,66 @@ def test_a_second_derivative_is_refused() -> None:
     loss = lora(*tensors, scaling=1.0).square().sum()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(loss, tensors[1], create_graph=True)
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
+def test_pieces_change_sums_alone(adapter: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three pieces of tokens, the last of them short, against one."""
+    results = []
+    for elements in (module.PIECE_ELEMENTS, 3 * WIDTHS["in"]):
+        monkeypatch.setattr(module, "PIECE_ELEMENTS", elements)
+        output, x, a, b = inputs((7,), torch.bfloat16)
+        a, b = (each.detach().to(adapter).requires_grad_() for each in (a, b))
+        result = lora(output, x, a, b, scaling=2.0)
+        gradient = torch.linspace(-1, 1, result.numel()).view(result.shape).bfloat16()
+        results.append([result, *torch.autograd.grad(result, (output, x, a, b), gradient)])
+    for one, other in zip(*results, strict=True):
+        tolerance = 4 * torch.finfo(adapter if one.dtype == adapter else one.dtype).eps
+        assert torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_workspace_is_what_the_operators_take(
+    dtype: torch.dtype, needs_x: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The declared bytes are an upper bound, not far; and no cast of a whole X among them."""
+    monkeypatch.setattr(module, "PIECE_ELEMENTS", 1 << 15)
+    generator = torch.Generator().manual_seed(0)
+    output, x, a, b = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((512, 384), (512, 256), (8, 256), (384, 8))
+    )
+    output, x = output.to(dtype), x.to(dtype)
+    forward = (output, x, a, b, 2.0, torch.float32)
+    backward = (torch.ones_like(output), x, a, b, 2.0, torch.float32, needs_x)
+    for operator, arguments, declared in (
+        ("memrt::lora", forward, module.forward_workspace_bytes(*forward)),
+        ("memrt::lora_backward", backward, module.backward_workspace_bytes(*backward)),
+    ):
+        call = getattr(torch.ops.memrt, operator.removeprefix("memrt::"))
+        taken = scratch(lambda call=call, arguments=arguments: call(*arguments), operator)
+        assert taken <= declared + 1024
+        assert declared <= 1.05 * taken
+        assert declared < 4 * x.numel()
+
+
+def scratch(call: Any, operator: str) -> int:
+    """What torch's profiler saw an operator allocate and free inside itself."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    return scratch_of(events, {operator})[operator]
+
+
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_opcheck(needs_x: bool) -> None:
+    output, x, a, b = (each.detach() for each in inputs((2, 3), torch.bfloat16))
+    kinds = (2.0, torch.float32)
+    torch.library.opcheck(torch.ops.memrt.lora.default, (output, x, a, b, *kinds))
+    arguments = (torch.ones_like(output), x, a, b, *kinds, needs_x)
+    torch.library.opcheck(torch.ops.memrt.lora_backward.default, arguments)
