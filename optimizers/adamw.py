@@ -14,11 +14,12 @@ moments have R's shape, decay stays on W, and the projection lifts N (see `proje
 Bytes of state: `float32` 8 an element, `fp8` 2.08, `int8` 2.03 (`memrt.optimizers.state_formats`),
 of the projected shape where there is a projection; never bf16. Temporaries: none for fp32
 parameters; fp32 copies of a bounded piece for others; for a projected weight 4 bytes an element of
-R, what the projection needs, and for a bf16 one that is rounded stochastically its fp32 copy.
+R, what the projection needs, and for a bf16 one that is rounded stochastically its fp32 copy (not
+where the gradient itself is scaled).
 
 bf16 weights are rounded once a step, stochastically (`memrt.kernels.stochastic_rounding`): to the
 nearest, updates and decay below 2^-9 of a weight are lost. `stochastic_rounding=False` turns that
-off; a projected and decayed weight is then rounded twice.
+off; a weight that is decayed and then moved by a lifted N is then rounded twice.
 
 A step with a gradient that is not finite is left out whole and counted (`num_skipped_steps`):
 weights, moments and step counters stay. On CUDA the check waits for the gradients, once a step.
@@ -198,16 +199,24 @@ class AdamW(torch.optim.Optimizer):
             [Update(direction, gradient, state)], replace(settings, lr=1.0, weight_decay=0.0)
         )
         key = self._rounding_key(weight, group)
-        total: Tensor = weight if key is None else weight.float()  # rounded once, at the end
-        if settings.weight_decay:
-            total.mul_(1 - settings.lr * settings.weight_decay)
+        rounding = None if key is None else Rounding(key, state["step"])
+        decay = 1 - settings.lr * settings.weight_decay
         if isinstance(projection, FormedProjection):
-            correction = _bias_correction(state["step"], settings)
-            projection.apply(total, direction.neg_(), lr=settings.lr, correction=correction)
-        else:
-            projection.apply(total, direction.neg_(), lr=settings.lr)
-        if key is not None:
-            stochastic_copy_(weight, total, rounding=Rounding(key, state["step"]))
+            projection.apply(
+                weight,
+                direction.neg_(),
+                lr=settings.lr,
+                correction=_bias_correction(state["step"], settings),
+                decay=decay,
+                rounding=rounding,
+            )
+            return
+        total: Tensor = weight if rounding is None else weight.float()  # rounded once, at the end
+        if decay != 1.0:
+            total.mul_(decay)
+        projection.apply(total, direction.neg_(), lr=settings.lr)
+        if rounding is not None:
+            stochastic_copy_(weight, total, rounding=rounding)
 
     def _rounding_key(
         self, parameter: nn.Parameter, group: dict[str, Any]

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from memrt.kernels.formed_gradient import project_gradient
+from memrt.kernels.stochastic_rounding import Rounding, stochastic_copy_
 
 __all__ = ["FormedProjection"]
 
@@ -75,9 +76,19 @@ class FormedProjection(ABC):
 
     @torch.no_grad()
     def apply(
-        self, weight: Tensor, direction: Tensor, *, lr: float, correction: Tensor | float = 1.0
+        self,
+        weight: Tensor,
+        direction: Tensor,
+        *,
+        lr: float,
+        correction: Tensor | float = 1.0,
+        decay: float = 1.0,
+        rounding: Rounding | None = None,
     ) -> None:
-        """In place: one step of the weight by the direction N; then G and R are let go."""
+        """In place: weight · decay and one step by the direction N; then G and R are let go.
+
+        rounding: how a bf16 weight is rounded, once, stochastically; None rounds to the nearest.
+        """
         given = (tuple(weight.shape), tuple(direction.shape))
         if given != (self.weight_shape, self.shape):
             raise ValueError(
@@ -88,9 +99,33 @@ class FormedProjection(ABC):
         formed, gradient = self._formed, self._gradient
         self.clear()
         with torch.autocast(weight.device.type, enabled=False):
-            self._update(
-                weight, direction, formed=formed, gradient=gradient, lr=lr, correction=correction
+            self._write(
+                weight,
+                direction,
+                formed=formed,
+                gradient=gradient,
+                lr=lr,
+                correction=correction,
+                decay=decay,
+                rounding=rounding,
             )
+
+    def _write(
+        self,
+        weight: Tensor,
+        direction: Tensor,
+        *,
+        decay: float,
+        rounding: Rounding | None,
+        **given: Any,
+    ) -> None:
+        """Decay, update and rounding, which takes an fp32 copy of the weight."""
+        total = weight if rounding is None else weight.float()
+        if decay != 1.0:
+            total.mul_(decay)
+        self._update(total, direction, **given)
+        if rounding is not None:
+            stochastic_copy_(weight, total, rounding=rounding)
 
     @abstractmethod
     def _update(

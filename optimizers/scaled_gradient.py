@@ -6,7 +6,7 @@ For a weight [m, n], s = min(m, n), l = max(m, n), the *channels* of G its l vec
     N: AdamW's direction of R
     "channel"   s_j = ‖N_j‖ / (‖R_j‖ + 1e-8) for channel j          (APOLLO)
     "tensor"    s = ‖N‖ / (‖R‖ + 1e-8), one for all                 (APOLLO-Mini, with r = 1)
-    W <- W - lr · sqrt(scale) · limit(G diag(s))
+    W <- decay · W - lr · sqrt(scale) · limit(G diag(s))
 
 The direction is the current gradient; the moments only size it. ``limit`` keeps the norm from
 growing by more than 1 % a step (``norm_growth``). It compares norms without AdamW's bias
@@ -18,7 +18,8 @@ Moments are kept when P is drawn anew, as the paper does, though they are of oth
 
 Bytes: 4, the last norm. P is not kept: it is made from a seed whenever it is needed, 4 · s · r of
 workspace at each step beside ``gaussian_matrix``'s; R takes 4 · l · r; the scaled gradient is
-never formed.
+never formed. The weight is read and written once, with its decay and its one rounding: no fp32 copy
+of it is made (``formed_gradient.add_channels_``). Nothing waits for the device.
 
 Source: Zhu et al., APOLLO (arXiv 2412.05270).
 """
@@ -33,6 +34,7 @@ from torch import Tensor
 
 from memrt.kernels.formed_gradient import add_channels_, by_channel, channel_norms
 from memrt.kernels.gaussian_matrix import gaussian_matrix, matrix_key
+from memrt.kernels.stochastic_rounding import Rounding
 from memrt.optimizers.formed_projection import FormedProjection
 from memrt.optimizers.norm_growth import NormGrowthLimiter
 from memrt.optimizers.refresh import RefreshSchedule
@@ -124,6 +126,17 @@ class ScaledGradient(FormedProjection):
             raise RuntimeError("nothing was drawn yet: call begin_step() before the step")
         return self.projector()
 
+    def _write(
+        self,
+        weight: Tensor,
+        direction: Tensor,
+        *,
+        decay: float,
+        rounding: Rounding | None,
+        **given: Any,
+    ) -> None:
+        self._update(weight, direction, decay=decay, rounding=rounding, **given)
+
     def _update(
         self,
         weight: Tensor,
@@ -133,12 +146,22 @@ class ScaledGradient(FormedProjection):
         gradient: Tensor,
         lr: float,
         correction: Tensor | float,
+        decay: float = 1.0,
+        rounding: Rounding | None = None,
     ) -> None:
         left = self.is_left
         factors = scaling(direction, gradient, granularity=self._granularity, left=left)
         norm = torch.linalg.vector_norm(channel_norms(formed, left=left) * factors)
         factors.mul_(self._limiter.factor(norm / correction))
-        add_channels_(weight, formed, factors, alpha=-lr * sqrt(self._scale), left=left)
+        add_channels_(
+            weight,
+            formed,
+            factors,
+            alpha=-lr * sqrt(self._scale),
+            left=left,
+            decay=decay,
+            rounding=rounding,
+        )
 
     def forget(self) -> None:
         """Drop the last norm and draw anew, as when the weight stops training."""

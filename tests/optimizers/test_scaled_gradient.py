@@ -9,9 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from memrt.kernels import mixed_precision
+from memrt.kernels.stochastic_rounding import Rounding
+from memrt.optimizers import formed_projection
 from memrt.optimizers.norm_growth import NormGrowthLimiter
 from memrt.optimizers.scaled_gradient import ScaledGradient, scaling
+from tests.kernels.live_bytes import LiveBytes
 from tests.optimizers.test_formed_subspace import (
     SETTINGS,
     gradient_of,
@@ -207,6 +213,70 @@ def test_mini_keeps_two_numbers_a_channel_and_one_more(shape: tuple[int, int]) -
     moments = [t for name, t in optimizer.state[weight].items() if name != "step"]
     assert sum(t.numel() * t.element_size() for t in moments) == 8 * 64
     assert [t.numel() for t in projection.tensors().values()] == [1]
+
+
+class NoHostRead(TorchDispatchMode):
+    """Refuses what waits for a device: reading a number, comparing, moving to the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        assert func._opname not in ("_local_scalar_dense", "is_nonzero", "equal", "nonzero"), func
+        if func._opname == "_to_copy":
+            assert torch.device(kwargs.get("device") or args[0].device) == args[0].device
+        return func(*args, **kwargs)
+
+
+@each_granularity
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_reads_nothing_on_the_host(granularity: Any, dtype: torch.dtype) -> None:
+    weight, projection = parameter((24, 40), dtype), make((24, 40), granularity=granularity)
+    optimizer = optimizer_of(weight, projection)
+    with NoHostRead():
+        train(weight, projection, optimizer, range(4))
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            float(weight.sum())
+    assert projection.draw_count == 2
+
+
+@each_granularity
+def test_a_step_on_a_gpu_mixes_no_devices(
+    granularity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake tensors, which refuse to mix and have no values to read; products have no fakes here."""
+    zeros = torch.zeros
+
+    def project(gradient: Tensor, basis: Tensor, *, left: bool) -> Tensor:
+        return zeros(basis.shape[1], gradient.shape[1], device=gradient.device)
+
+    monkeypatch.setattr(formed_projection, "project_gradient", project)
+    with FakeTensorMode():
+        projection = make((24, 40), granularity=granularity, device="cuda")
+        weight = zeros(24, 40, dtype=torch.bfloat16, device="cuda")
+        number = zeros((), device="cuda")
+        projection.begin_step(0)
+        projection.receive(zeros(24, 40, dtype=torch.bfloat16, device="cuda"))
+        direction = projection.gradient()
+        assert direction is not None
+        options: dict[str, Any] = {"correction": number, "rounding": Rounding((1, 2), number)}
+        projection.apply(weight, direction, lr=0.1, decay=0.9, **options)
+    assert projection.tensors()["norm"].device.type == "cuda"
+
+
+@pytest.mark.parametrize("shape", [(16, 4096), (4096, 16)])
+def test_a_bf16_weight_is_not_copied(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is alive in a step are a few numbers a channel, and a piece of the gradient for R."""
+    monkeypatch.setattr(mixed_precision, "BLOCK_ELEMENTS", 4096)
+    weight, projection = parameter(shape, torch.bfloat16), make(shape, granularity="tensor")
+    optimizer = optimizer_of(weight, projection)
+    train(weight, projection, optimizer, range(2))
+    projection.begin_step(2)
+    weight.grad = gradient_of(shape, 2, torch.bfloat16)
+    with LiveBytes([weight, weight.grad]) as live:
+        optimizer.step()
+    assert 0 < live.peak_bytes <= 4 * 4096 * 8
+    assert weight.numel() == 4096 * 16
 
 
 @pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1)])
