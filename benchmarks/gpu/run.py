@@ -80,6 +80,7 @@ PARTS: dict[str, list[Part]] = {
         for size in MODEL_SIZES
     ],
     "speed": [Part(name="speed", module="speed", limit_seconds=100)],
+    "updates": [Part(name="updates", module="updates", limit_seconds=120)],
     "tests": [Part(name="tests", module="device_tests", limit_seconds=60)],
 }
 

@@ -129,6 +129,23 @@ def _speed(contents: Contents) -> list[dict[str, Any]]:
     return [{**row, "relative_speed": row["tokens_per_second"] / base} for row in rows]
 
 
+def _updates(contents: Contents) -> list[dict[str, Any]]:
+    """What the optimizer's side of a step takes, variant by variant."""
+    found = []
+    for key, row in _rows(contents, "updates").items():
+        if row["status"] != "ok":
+            found.append({"case": key, "reason": f"{row['status']}: {row.get('reason')}"})
+            continue
+        times = row.get("median_seconds") or {
+            label: each["amortised_whole_seconds"]
+            for label, each in row["variants_amortised"].items()
+        }
+        names = ("fp8_share_of_copy", "fp8_to_torch_fused", "update_seconds_of_32_layers")
+        kept = {name: row[name] for name in names if name in row}
+        found.append({"case": key, "seconds": times, **kept})
+    return found
+
+
 def _median(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None
@@ -200,6 +217,7 @@ def record(
                 "memory": memory,
                 "memory_not_run": absent,
                 "speed": _speed(contents),
+                "updates": _updates(contents),
                 "constants": _constants(contents),
             },
             "repetitions": dict(contents) or {"none": "no part wrote a file"},
@@ -305,6 +323,15 @@ def _speed_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     )
 
 
+def _update_lines(row: Mapping[str, Any]) -> Iterator[str]:
+    """Milliseconds of every variant, then what the goals are about."""
+    for label, seconds in row.get("seconds", {}).items():
+        yield f"  {label}: {1000 * seconds:.2f} ms"
+    for name, value in row.items():
+        if name not in ("case", "seconds", "reason"):
+            yield f"  {name.replace('_', ' ')}: {value:.3f}"
+
+
 def text(record: Mapping[str, Any]) -> str:
     """The record for a terminal."""
     summary, where = record["summary"], record["conditions"]
@@ -319,6 +346,8 @@ def text(record: Mapping[str, Any]) -> str:
     lines += [f"  {key}: {reason}" for key, reason in summary["memory_not_run"].items()]
     if summary["speed"]:
         lines += ["", "speed", *_speed_table(summary["speed"])]
+    for row in summary["updates"]:
+        lines += ["", f"{row['case']}: {row.get('reason', '')}".rstrip(": "), *_update_lines(row)]
     lines += ["", "bytes beside tensors"]
     lines += _aligned(
         [

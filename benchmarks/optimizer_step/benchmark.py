@@ -9,8 +9,8 @@ AdamW in every state format, each with parameters and gradients of its own and o
 take turns step by step in one process, and which one goes first rotates. Steps before that create
 state and compile; they are not counted. The ratio of a round is the time of a step over that of
 torch's fused AdamW in the same round. State bytes are those of the tensors that the optimizer holds
-afterwards. Without torchao (it is in no extra: pip install --no-deps torchao) its part of the goal
-is not judged.
+afterwards. A peer that is not installed is left out, and its part of the goal is not judged
+(torchao is in no extra: pip install --no-deps torchao).
 
 Goal: the median FP8 step is at most that of bitsandbytes and 2.5 × torchao's, in either dtype.
 """
@@ -67,20 +67,24 @@ def _parameters(
 def _optimizers(
     options: Mapping[str, Any], dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.optim.Optimizer]:
-    from bitsandbytes.optim import AdamW8bit
-
     def fresh() -> list[nn.Parameter]:
         return _parameters(options["num_parameters"], options["elements"], dtype, device)
 
     found: dict[str, torch.optim.Optimizer] = {
         BASE: torch.optim.AdamW(fresh(), fused=True, **ADAMW),
-        "bitsandbytes 8-bit": AdamW8bit(fresh(), **ADAMW),
     }
+    formats = list(STATE_FORMATS)
+    if find_spec("bitsandbytes"):
+        from bitsandbytes.optim import AdamW8bit
+
+        found["bitsandbytes 8-bit"] = AdamW8bit(fresh(), **ADAMW)
+    else:
+        formats.remove("int8")  # computed by bitsandbytes too
     if find_spec("torchao"):
         from torchao.optim import AdamWFp8
 
         found["torchao fp8"] = AdamWFp8(fresh(), **ADAMW)
-    for name in STATE_FORMATS:
+    for name in formats:
         found[f"memrt {name}"] = AdamW(fresh(), state_format=name, **ADAMW)
     return found
 
