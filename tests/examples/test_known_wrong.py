@@ -15,7 +15,7 @@ PAGE = ROOT / "docs/known-wrong-elsewhere.md"
 SCRIPTS = sorted(
     path for path in (ROOT / "examples/known_wrong").glob("*.py") if path.stem != "common"
 )
-ELSEWHERE = {"apollo_resume", "lomo_gradient_norm", "adalomo_cpu"}
+ELSEWHERE = {"apollo_resume"}
 """Scripts whose packages do not come with `memrt[test]`."""
 
 

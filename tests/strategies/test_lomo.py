@@ -61,6 +61,27 @@ def test_in_backward_it_has_the_bits_of_its_rule_after_backward(
     assert_equal(weights(model), weights(plain))
 
 
+@pytest.mark.parametrize("max_norm", [0.0, CLIP], ids=["free", "clipped"])
+def test_the_authors_lomo_makes_the_same_steps(max_norm: float) -> None:
+    """lomo-optim 0.1.1; it clips with `grad_norm`, a backward pass before the one that updates."""
+    package = pytest.importorskip("lomo_optim", reason="pip install lomo-optim --no-deps")
+    plain, model = model_of("llama"), model_of("llama")
+    clip = {"clip_grad_norm": max_norm} if max_norm else {}
+    peer = package.Lomo(plain, lr=0.3, weight_decay=0.1, **clip)
+    spec = "lomo(clip='two_pass')" if max_norm else "lomo"
+    run = memrt.prepare(model, [spec], lr=0.3, weight_decay=0.1, max_grad_norm=max_norm)
+    for step in steps_of(run, "llama", count=4):
+        loss = model_loss(plain, batch_of("llama", seed=10 * step))
+        if max_norm:
+            peer.grad_norm(loss)
+            assert peer.clip_coef < 1
+        peer.fused_backward(loss, 0.3)
+    for (name, mine), yours in zip(model.named_parameters(), plain.parameters(), strict=True):
+        # their 1e-6 beside the norm, and a rounding of each of the 4 steps
+        limit = (4e-6 + 4 * 4 * torch.finfo(torch.float32).eps) * yours.detach().abs().max()
+        assert (mine - yours).detach().abs().max() <= limit, name
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bytes_of_state_and_gradients_are_those_of_the_formula(name: str) -> None:
     model = model_of("llama", layers=6)
