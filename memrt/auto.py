@@ -111,12 +111,13 @@ def choose(
     window: Sequence[Batch] | None = None,
     loss_of: Callable[[nn.Module, Batch], Tensor] = model_loss,
     on_plan: Callable[[str], None] = lambda stack: None,
+    task: str | None = None,
 ) -> Choice:
     """The stack that changes training least among those that fit `budget` (a card or a size).
 
     `strategies` stay in every candidate. `full_parameters`: all weights train with AdamW, or
-    nothing fits. `model` and the shapes are those of `memrt.plan`; `on_plan` is told what is about
-    to be planned.
+    nothing fits. `model`, `task` and the shapes are those of `memrt.plan`; `on_plan` is told what
+    is about to be planned.
     """
     card = Gpu.parse(budget)
     options: dict[str, Any] = {
@@ -127,6 +128,7 @@ def choose(
         "loss_of": loss_of,
         "gpu": budget,
         "host": host,
+        "task": task,
     }
     shape = {"batch_size": batch_size, "sequence_length": sequence_length}
     Shape(**shape, accumulation_steps=accumulation_steps)
@@ -139,7 +141,7 @@ def choose(
     search = Search(
         named=tuple(registry.parse_all(strategies)),
         plan_of=plan_of,
-        facts=facts_of(model, dtype=dtype, settings=settings),
+        facts=facts_of(model, dtype=dtype, settings=settings, task=task),
         budget=card,
     )
     for rung in rungs(

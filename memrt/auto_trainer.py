@@ -16,6 +16,7 @@ import torch
 
 from memrt import registry
 from memrt.auto import Choice, choose
+from memrt.model_source import TASKS, class_names
 from memrt.runner import Batch, model_loss
 
 if TYPE_CHECKING:
@@ -56,8 +57,15 @@ def choice_for_trainer(trainer: Any, named: Sequence[Strategy], budget: str) -> 
             max_grad_norm=args.max_grad_norm or 0.0,
             window=[batch] * args.gradient_accumulation_steps,
             loss_of=autocast_loss(mixed),
+            task=_task_of(model),
         )
     )
+
+
+def _task_of(model: Any) -> str | None:
+    """The task of a model's class, which its config need not name; None for a class of its own."""
+    kind = type(model).__name__
+    return next((task for task in TASKS if kind in class_names(model.config, task)), None)
 
 
 def strategies_within(trainer: Any, named: Sequence[Strategy], budget: str) -> list[Strategy]:

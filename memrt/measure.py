@@ -23,7 +23,7 @@ from memrt.gpus import Gpu
 from memrt.profiling.accounts import Place
 from memrt.profiling.ledger import Ledger
 from memrt.profiling.report import SCHEMA, conditions, timeline_json
-from memrt.runner import Batch, Run, model_loss, start, train_step
+from memrt.runner import Batch, Run, copied, model_loss, start, train_step
 
 if TYPE_CHECKING:
     from memrt.monitoring import PhaseMarks
@@ -127,16 +127,10 @@ def measured_peaks(workload: Workload, strategies: Sequence[Strategy]) -> dict[s
         allocated = None
         if workload.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(workload.device)
-            train_step(run, _copied(workload.windows[LEDGER_STEPS], workload.device))
+            train_step(run, copied(workload.windows[LEDGER_STEPS], workload.device))
             allocated = torch.cuda.max_memory_allocated(workload.device)
     run.session.detach()
     return {"counted": timeline.peak().peak_bytes, "allocated": allocated}
-
-
-def _copied(window: Sequence[Batch], device: torch.device) -> list[Batch]:
-    return [
-        {name: tensor.to(device, copy=True) for name, tensor in batch.items()} for batch in window
-    ]
 
 
 def num_tokens(window: Sequence[Batch]) -> int:
@@ -157,7 +151,7 @@ def _counted_steps(
 ) -> tuple[Run, Timeline]:
     ledger = Ledger(device_type=workload.device.type)
     # copied before the ledger looks, and dropped step by step, as a data loader's batches are
-    windows = [_copied(window, workload.device) for window in workload.windows[:LEDGER_STEPS]]
+    windows = [copied(window, workload.device) for window in workload.windows[:LEDGER_STEPS]]
     with ledger:
         run = start(model, strategies, settings=workload.settings, ledger=ledger)
         while windows:
@@ -174,7 +168,7 @@ def _timed_steps(
     for window in workload.windows[LEDGER_STEPS:]:
         _synchronize(workload.device)
         began = time.perf_counter()
-        train_step(run, _copied(window, workload.device))
+        train_step(run, copied(window, workload.device))
         if marks is not None:
             marks.end_step()
         _synchronize(workload.device)
@@ -190,7 +184,7 @@ def _evaluate(run: Run, batches: Sequence[Batch]) -> float | None:
     model = run.session.model
     model.eval()
     with torch.no_grad():
-        losses = [float(model_loss(model, batch)) for batch in _copied(batches, run.session.device)]
+        losses = [float(model_loss(model, batch)) for batch in copied(batches, run.session.device)]
     model.train()
     return fmean(losses)
 

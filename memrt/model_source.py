@@ -8,6 +8,7 @@ and a tensor can be read alone, while a pickled `.bin` runs code when it is open
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import socket
@@ -24,8 +25,10 @@ __all__ = [
     "auto_class",
     "brings_code",
     "class_names",
+    "for_task",
     "hub_answers",
     "resolve_config",
+    "task_of",
     "weight_source",
 ]
 
@@ -191,13 +194,18 @@ def _tasks_of(config: Any) -> dict[str, set[str]]:
 
 
 def auto_class(config: Any, task: str | None = None) -> Any:
-    """The transformers auto class for a config and a task.
-
-    Without a task `config.architectures` decides; where it names none of the classes that memrt
-    trains, what the family is for: sequence to sequence, masked, causal, then the others.
-    """
+    """The transformers auto class for a config and a task; without one, for `task_of(config)`."""
     import transformers
 
+    return getattr(transformers, TASKS[task_of(config, task)])
+
+
+def task_of(config: Any, task: str | None = None) -> str:
+    """The task itself, if the family has a class for it; None: what the config is for.
+
+    `config.architectures` decides; where it names none of the classes that memrt trains, what the
+    family is for: sequence to sequence, masked, causal, then the others.
+    """
     if task is not None and task not in TASKS:
         raise ValueError(f"task={task!r}: must be one of {', '.join(TASKS)}")
     tasks = _tasks_of(config)
@@ -212,12 +220,21 @@ def auto_class(config: Any, task: str | None = None) -> Any:
             f"{family} has no class for any of {', '.join(TASKS)}; "
             "build the model yourself and use memrt.prepare"
         )
-    return getattr(transformers, TASKS[task or _usual_task(config, tasks)])
+    return task or _usual_task(config, tasks)
 
 
 def class_names(config: Any, task: str) -> set[str]:
     """The model classes of a config for a task."""
     return _tasks_of(config).get(task, set())
+
+
+def for_task(config: Any, task: str) -> Any:
+    """A copy of a config that names a class for the task, and so is for it."""
+    names = class_names(config, task_of(config, task))
+    found = copy.deepcopy(config)
+    if not names & set(getattr(config, "architectures", None) or ()):
+        found.architectures = [min(names)]
+    return found
 
 
 def brings_code(config: Any, auto: Any) -> str | None:

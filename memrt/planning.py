@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from memrt import registry
 from memrt.gpus import Gpu, Host
+from memrt.model_source import CLASSIFICATION, for_task, task_of
 from memrt.profiling.extrapolate import Simulation, extrapolate, segment
 from memrt.profiling.fake import (
     Routing,
@@ -35,10 +36,13 @@ from memrt.profiling.flops import FlopCounter
 from memrt.profiling.ledger import Ledger
 from memrt.profiling.outside import EVALUATE, Outside
 from memrt.profiling.report import SCHEMA, conditions
-from memrt.runner import Batch, evaluate, model_loss, start, train_step
+from memrt.random_batches import Shape, batches_of, random_batches
+from memrt.runner import Batch, copied, evaluate, model_loss, start, train_step
 from memrt.structure import Facts, RunSettings, discover
 
 if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     from memrt.strategy import Strategy
 
 __all__ = ["Plan", "Shape", "batches_of", "facts_of", "plan", "random_batches", "simulate"]
@@ -47,26 +51,6 @@ DEPTHS = (4, 5, 6)
 """Depths that are simulated; at four, first, second, last but one and last layer are distinct."""
 
 STEPS = 2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """The batches of a run."""
-
-    batch_size: int = 1
-    sequence_length: int = 512
-    accumulation_steps: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "sequence_length", "accumulation_steps"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}: must be a whole number, 1 or more")
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step."""
-        return self.batch_size * self.sequence_length * self.accumulation_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,41 +166,6 @@ class Plan:
         }
 
 
-def random_batches(vocabulary: int, shape: Shape, *, seed: int = 0) -> list[Batch]:
-    """One optimizer step's micro-batches of random ids, of the given shape."""
-    generator = torch.Generator().manual_seed(seed)
-    size = (shape.batch_size, shape.sequence_length)
-    batches: list[Batch] = []
-    for _ in range(shape.accumulation_steps):
-        ids = torch.randint(0, vocabulary, size, generator=generator)
-        batches.append(
-            {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-        )
-    return batches
-
-
-def batches_of(config: Any, shape: Shape) -> list[Batch]:
-    """One optimizer step's micro-batches for a model of this config: random ids, or images.
-
-    An image has the size that the config names; `sequence_length` says nothing about it.
-    """
-    if hasattr(config, "vocab_size"):
-        return random_batches(config.vocab_size, shape)
-    if not hasattr(config, "image_size"):
-        raise ValueError(
-            f"model_type {config.model_type!r} takes neither text nor images; pass window=..., "
-            "the micro-batches of one step"
-        )
-    size = config.image_size
-    height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    pixels = torch.zeros(shape.batch_size, config.num_channels, height, width)
-    labels = torch.zeros(shape.batch_size, dtype=torch.int64)
-    return [
-        {"pixel_values": pixels.clone(), "labels": labels.clone()}
-        for _ in range(shape.accumulation_steps)
-    ]
-
-
 def simulate(
     build: Callable[[], nn.Module],
     strategies: Sequence[Strategy],
@@ -234,7 +183,7 @@ def simulate(
     with ExitStack() as stack:
         mode = stack.enter_context(fake_tensors())
         ledger = Ledger()
-        window = [{name: fake_floats(mode, value) for name, value in b.items()} for b in window]
+        windows = _batches_of_steps(mode, window, steps + 1)  # the last is evaluated
         loading = Ledger()
         with fake_initialisers(), loading:
             model = build()
@@ -244,8 +193,8 @@ def simulate(
         ledger.on_operator = counter.see
         with fake_initialisers():  # a strategy may build layers of its own
             run = start(model, strategies, settings=settings, ledger=ledger, loss_of=loss_of)
-        for _ in range(steps):
-            train_step(run, window, read_values=False)
+        while len(windows) > 1:
+            train_step(run, windows.pop(), read_values=False)
         structure = run.session.facts.structure
         key = segment(structure.layer_of, structure.layer_names)
         trained = Simulation.of(
@@ -258,10 +207,22 @@ def simulate(
         )
         steps_end = ledger.timeline.now
         with ledger.phase(EVALUATE):
-            evaluate(run, window[0])
+            evaluate(run, windows.pop()[0])
         ledger.close()
     outside = Outside.of(ledger.timeline, loading=loading.timeline, steps_end=steps_end)
     return replace(trained, outside=outside)
+
+
+def _batches_of_steps(
+    mode: FakeTensorMode, window: Sequence[Batch], num_steps: int
+) -> list[list[Batch]]:
+    """A window for every step: what autograd keeps of a batch goes with it."""
+    with real_tensors():
+        copies = [copied(window) for _ in range(num_steps)]
+    return [
+        [{name: fake_floats(mode, value) for name, value in batch.items()} for batch in each]
+        for each in copies
+    ]
 
 
 def _with_depth(config: Any, depth: int) -> Any:
@@ -301,12 +262,14 @@ def plan(
     full: bool = False,
     window: Sequence[Batch] | None = None,
     loss_of: Callable[[nn.Module, Batch], Tensor] = model_loss,
+    task: str | None = None,
 ) -> Plan:
     """Predict the memory of training `model`, to the byte of the ledger of the same run.
 
     `model` is a config object, a folder or file with `config.json`, a hub id, or a function without
     arguments that builds an `nn.Module` (then `window`, the micro-batches of one step, is needed).
-    `gpu` (a card or a size) and `host` (a size) are what it is to fit.
+    `gpu` (a card or a size) and `host` (a size) are what it is to fit. `task` is that of
+    `memrt.load`, such as "sequence-classification"; None is what the config names.
     """
     shape = Shape(
         batch_size=batch_size,
@@ -318,7 +281,8 @@ def plan(
     parsed = registry.parse_all(strategies)
     settings = RunSettings(max_grad_norm=max_grad_norm, accumulation_steps=shape.accumulation_steps)
     began = time.perf_counter()
-    arguments = (model, parsed, shape, dtype, full, window)
+    source = _source(model, task, batch_size=shape.batch_size if window is None else None)
+    arguments = (source, parsed, shape, dtype, full, window)
     options: dict[str, Any] = {"settings": settings, "loss_of": loss_of}
     simulation, num_layers, depths = _plan_model(*arguments, {**options, "routing": "balanced"})
     worst = None
@@ -347,19 +311,49 @@ def plan(
 
 
 def facts_of(
-    model: Any, *, dtype: torch.dtype = torch.float32, settings: RunSettings | None = None
+    model: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    settings: RunSettings | None = None,
+    task: str | None = None,
 ) -> Facts:
     """What strategies check of a model, built whole on fake tensors."""
-    from memrt.loading import load, resolve_config
+    from memrt.loading import load
 
+    source = _source(model, task)
     with fake_tensors(), fake_initialisers():
-        built = model() if _is_builder(model) else load(resolve_config(model), [], dtype=dtype)
+        built = source() if _is_builder(source) else load(source, [], dtype=dtype)
     return Facts(model=built, structure=discover(built), settings=settings or RunSettings())
 
 
 def _is_builder(model: Any) -> bool:
     """Whether a model was given as a function that builds it."""
     return callable(model) and not hasattr(model, "num_hidden_layers")
+
+
+def _source(model: Any, task: str | None, *, batch_size: int | None = None) -> Any:
+    """The config of a model, for its task; a function that builds one as it is.
+
+    Classifiers among decoders look for each text's last token that is none of padding. A batch of
+    random ids has no padding, and of several texts they want it named all the same.
+    """
+    from memrt.loading import resolve_config
+
+    if _is_builder(model):
+        if task is not None:
+            raise ValueError(f"task={task!r} has no effect on a model given as a function")
+        return model
+    config = resolve_config(model)
+    if task is not None:
+        config = for_task(config, task)
+    if batch_size is None or batch_size == 1 or not hasattr(config, "vocab_size"):
+        return config
+    if task_of(config) != CLASSIFICATION or config.get_text_config().pad_token_id is not None:
+        return config
+    config = copy.deepcopy(config)
+    for each in (config, config.get_text_config()):
+        each.pad_token_id = 0
+    return config
 
 
 def _plan_model(
@@ -372,13 +366,13 @@ def _plan_model(
     options: dict[str, Any],
 ) -> tuple[Simulation, int, tuple[int, ...]]:
     """The simulation, the number of layers, and the depths that were run."""
-    from memrt.loading import load, resolve_config
+    from memrt.loading import load
 
     if _is_builder(model):
         if window is None:
             raise ValueError("window=None: a model given as a function needs its micro-batches")
         return simulate(model, strategies, window, **options), 0, ()
-    config = resolve_config(model)
+    config = model
 
     def build(some_config: Any) -> nn.Module:
         return load(some_config, strategies, dtype=dtype)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from memrt.strategy import Strategy
     from memrt.structure import RunSettings
 
-__all__ = ["Batch", "Run", "evaluate", "model_loss", "start", "train_step"]
+__all__ = ["Batch", "Run", "copied", "evaluate", "model_loss", "start", "train_step"]
 
 Batch = Mapping[str, Tensor]
 
@@ -63,6 +63,14 @@ def start(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     session.adopt_optimizer(session.build_optimizer([{"params": named}]))
     return Run(session=session, loss_of=loss_of)
+
+
+def copied(window: Sequence[Batch], device: torch.device | None = None) -> list[Batch]:
+    """The batches in tensors of their own, as a data loader gives every step its own."""
+    return [
+        {name: tensor.to(device or tensor.device, copy=True) for name, tensor in batch.items()}
+        for batch in window
+    ]
 
 
 def train_step(run: Run, window: Sequence[Batch], *, read_values: bool = True) -> None:

@@ -42,6 +42,8 @@ _MAX_REAL_ELEMENTS = 1 << 24
 # What ids, positions, labels and masks are made of. Bytes (uint8) are codes of quantised tensors.
 _REAL_DTYPES = frozenset({torch.bool, torch.int16, torch.int32, torch.int64})
 
+_BY_MASK = frozenset({"aten::index", "aten::index_put", "aten::index_put_"})
+
 _INTEGER_FACTORIES = frozenset({"aten::arange", "aten::randint"})
 
 
@@ -74,6 +76,8 @@ class IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func._schema.name in _BY_MASK:
+            args = (args[0], _places(args[1]), *args[2:])
         if self._runs_for_real(func, args, kwargs):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
@@ -98,6 +102,19 @@ class IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         sizes = args[0] if args and isinstance(args[0], (list, tuple)) else ()
         return dtype in _REAL_DTYPES and math.prod(sizes) <= _MAX_REAL_ELEMENTS
+
+
+def _places(indices: Any) -> Any:
+    """Real masks among indices as the places that they pick, whose number a fake run can know."""
+    found: list[Any] = []
+    with unset_fake_temporarily():
+        for each in indices:
+            is_mask = isinstance(each, Tensor) and each.dtype is torch.bool
+            if is_mask and not isinstance(each, FakeTensor):
+                found += each.nonzero().unbind(1)
+            else:
+                found.append(each)
+    return found
 
 
 def _is_router(

@@ -15,7 +15,7 @@ from memrt import registry
 from memrt.loading import load
 from memrt.planning import Shape, batches_of, plan, simulate
 from memrt.profiling.ledger import Ledger
-from memrt.runner import start, train_step
+from memrt.runner import copied, start, train_step
 from memrt.strategy import Strategy
 from memrt.structure import RunSettings
 from memrt.testing import tiny_batches, tiny_config, tiny_model
@@ -97,10 +97,11 @@ def _assert_plan_equals_ledger(family: str, stack: list[str], dtype: torch.dtype
     planned = simulate(build, strategies, window, settings=settings)
     torch.manual_seed(0)
     model, ledger = tiny_model(family, dtype=dtype, layers=2), Ledger()
+    windows = [copied(window) for _ in range(2)]
     with ledger:
         run = start(model, strategies, settings=settings, ledger=ledger)
-        for _ in range(2):
-            train_step(run, window)
+        while windows:
+            train_step(run, windows.pop())
     ledger.close()
     counted = ledger.timeline.peak()
     assert planned.peak.peak_bytes == counted.peak_bytes

@@ -12,7 +12,7 @@ from memrt import registry
 from memrt.gpus import Gpu
 from memrt.planning import plan, random_batches, simulate
 from memrt.profiling.ledger import Ledger
-from memrt.runner import start, train_step
+from memrt.runner import copied, start, train_step
 from memrt.structure import RunSettings, discover
 from memrt.testing import tiny_batches, tiny_model
 from tests.contract import FAMILIES, STACKS, refusal, specs
@@ -57,10 +57,11 @@ def test_plan_equals_the_ledger_of_the_run(family: str, stack: list[str], dtype:
 
     model = build()
     ledger = Ledger()
+    windows = [copied(window) for _ in range(2)]
     with ledger:
         run = start(model, strategies, settings=settings, ledger=ledger)
-        for _ in range(2):
-            train_step(run, window)
+        while windows:
+            train_step(run, windows.pop())
     ledger.close()
     counted = ledger.timeline.peak()
     assert planned.peak.peak_bytes == counted.peak_bytes

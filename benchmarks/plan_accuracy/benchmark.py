@@ -34,7 +34,7 @@ from memrt.planning import Shape, plan, random_batches
 from memrt.profiling.accounts import Place
 from memrt.profiling.ledger import Ledger
 from memrt.profiling.timeline import Timeline
-from memrt.runner import Batch, start, train_step
+from memrt.runner import Batch, copied, start, train_step
 from memrt.structure import RunSettings
 
 __all__ = ["CLAIM", "DEFAULTS", "GOAL", "TINY", "rise_in_trace", "run"]
@@ -171,10 +171,11 @@ _SETTINGS = RunSettings(max_grad_norm=1.0)
 
 def _under_ledger(model: nn.Module, strategies: Sequence[Any], window: Sequence[Batch]) -> Timeline:
     ledger = Ledger()
+    windows = [copied(window) for _ in range(2)]
     with ledger:
         begun = start(model, strategies, settings=_SETTINGS, ledger=ledger)
-        for _ in range(2):
-            train_step(begun, window)
+        while windows:
+            train_step(begun, windows.pop())
     begun.session.detach()
     return ledger.timeline
 

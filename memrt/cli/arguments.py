@@ -113,6 +113,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run the Python code that a model brings with it; read it first",
     )
+    group.add_argument(
+        "--task",
+        metavar="TASK",
+        help="what the model is trained for (default: what its config names); "
+        "sequence-classification puts a new head on a model without one",
+    )
     _add_shape_flags(group)
     group.add_argument(
         "--dtype",
@@ -203,6 +209,14 @@ def add_data_flags(parser: argparse.ArgumentParser, *, default: str) -> argparse
             metavar="NAME",
             help=f"the column that is the {column}",
         )
+    group.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="the column that is a classifier's label (default: label)",
+    )
+    group.add_argument(
+        "--text-pair-column", metavar="NAME", help="the column that is the second text of a pair"
+    )
     return group
 
 

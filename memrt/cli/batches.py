@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Batches", "batches_for"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_READABLE = ("causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification")
 _MAX_EVALUATION_BATCHES = 2
 _FLAGS = {
     "evaluation_path": "--evaluation-data",
@@ -34,6 +35,8 @@ _FLAGS = {
     "prompt_column": "--prompt-column",
     "completion_column": "--completion-column",
     "messages_column": "--messages-column",
+    "label_column": "--label-column",
+    "text_pair_column": "--text-pair-column",
     "columns": "--columns",
     "configuration": "--configuration",
     "path": "--data",
@@ -58,18 +61,21 @@ class Batches:
 
 def batches_for(
     arguments: argparse.Namespace, model: Model, progress: Progress, *, num_steps: int
-) -> Batches:
-    """Read, tokenise and batch the data; the same flags give the same batches."""
-    from memrt.data import load_examples
+) -> tuple[Model, Batches]:
+    """Read, tokenise and batch the data; the same flags give the same batches.
 
+    Also returns the model: a classifier has the classes of the data in its config.
+    """
+    _refuse_unreadable(arguments, model)
     progress.say(f"reading {arguments.data or 'the text that comes with Python'}")
     tokenizer, tokenizer_name = _tokenizer(arguments, model)
     try:
-        data = load_examples(_data_settings(arguments), tokenizer)
+        model, data = _examples(_data_settings(arguments, model), model, tokenizer)
     except ValueError as error:
         raise ValueError(_as_flags(str(error))) from error
     windows, evaluation = _arrange(arguments, data, tokenizer, num_steps)
-    return Batches(
+    classes = {} if data.label_names is None else {"label_names": list(data.label_names)}
+    batches = Batches(
         windows=windows,
         evaluation=evaluation,
         description={
@@ -77,13 +83,53 @@ def batches_for(
             "tokenizer": tokenizer_name,
             "num_training_examples": len(data.train),
             "num_evaluation_batches": len(evaluation),
+            "task": model.task,
+            **classes,
         },
     )
+    return model, batches
 
 
-def _data_settings(arguments: argparse.Namespace) -> DataSettings:
+def _examples(settings: DataSettings, model: Model, tokenizer: Any) -> tuple[Model, PreparedData]:
+    from memrt.cli.train_classes import classifier_of, without_unused_types
+    from memrt.data import Collator, load_examples
+
+    if settings.label_column is None:
+        return model, load_examples(settings, tokenizer)
+    collator = Collator.for_tokenizer(tokenizer)
+    model, labels = classifier_of(model, settings, tokenizer, collator)
+    data = load_examples(settings, tokenizer, labels=labels)
+    return model, without_unused_types(data, model.config)
+
+
+def _refuse_unreadable(arguments: argparse.Namespace, model: Model) -> None:
+    """Data is texts, or texts with labels; nothing makes up labels where there is none."""
+    from memrt.model_source import CLASSIFICATION
+
+    if model.task not in _READABLE or not hasattr(model.config, "vocab_size"):
+        raise ValueError(
+            f"{model.name} is for {model.task}; the command line reads data for language models "
+            "and classifiers of texts. `memrt plan` without --data plans it, memrt.prepare in "
+            "Python trains it"
+        )
+    if model.task == CLASSIFICATION and arguments.data is None:
+        raise ValueError(
+            f"{model.name} is a classifier, which trains on texts with labels: name them with "
+            "--data (and --label-column, unless the column is 'label')"
+        )
+    if model.task != CLASSIFICATION and arguments.label_column is not None:
+        raise ValueError(
+            f"--label-column {arguments.label_column}: {model.name} is for {model.task}; add "
+            f"--task {CLASSIFICATION}, or leave --label-column out"
+        )
+
+
+def _data_settings(arguments: argparse.Namespace, model: Model) -> DataSettings:
+    from memrt.cli.train_classes import LABEL_COLUMN
     from memrt.data import DataSettings
+    from memrt.model_source import CLASSIFICATION
 
+    default = LABEL_COLUMN if model.task == CLASSIFICATION else None
     return DataSettings(
         path=arguments.data,
         sequence_length=arguments.sequence_length,
@@ -92,6 +138,8 @@ def _data_settings(arguments: argparse.Namespace) -> DataSettings:
         prompt_column=arguments.prompt_column,
         completion_column=arguments.completion_column,
         messages_column=arguments.messages_column,
+        label_column=arguments.label_column or default,
+        text_pair_column=arguments.text_pair_column,
         columns=arguments.columns,
         configuration=arguments.configuration,
         # compare's own

@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = Model.resolve(arguments, progress)
     if arguments.evaluation_fraction is None:
         arguments.evaluation_fraction = 0 if arguments.evaluation_data else _EVALUATION_FRACTION
-    workload = workload_for(arguments, model, progress)
+    model, workload = workload_for(arguments, model, progress)
     refused = _refusals(stacks, model, workload)
     if len(refused) == len(stacks):
         raise ValueError("\n".join(f"{label}: {reason}" for label, reason in refused.items()))

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from memrt.cli.progress import Progress
     from memrt.strategy import Strategy
 
-__all__ = ["Model", "quiet_hub"]
+__all__ = ["Model", "most_tokens", "quiet_hub"]
 
-_LANGUAGE_MODELS = ("causal-lm", "masked-lm", "seq2seq-lm")
+_CLASSIFIERS = ("sequence-classification", "token-classification", "image-classification")
+
+# Positions of these begin behind the padding's id.
+_COUNT_FROM_PADDING = ("camembert", "roberta", "xlm-roberta", "xlm-roberta-xl")
 
 
 @contextmanager
@@ -47,14 +50,18 @@ class Model:
     name: str
     has_weights: bool
     dtype: torch.dtype
+    task: str = "causal-lm"
     trusted: bool = False
     """Whether Python code that the model brings may run."""
 
+    has_new_head: bool = False
+    """Whether a classifier's head is drawn, for the weights are of a model without it."""
+
     @classmethod
     def resolve(cls, arguments: argparse.Namespace, progress: Progress) -> Model:
-        """From `--model` and `--dtype`; refuses what is no language model."""
+        """From `--model`, `--task`, `--labels` and `--dtype`."""
         from memrt.embedded import MODEL_NAME, embedded_config
-        from memrt.model_source import weight_source
+        from memrt.model_source import CLASSIFICATION, class_names, for_task, weight_source
 
         source = embedded_config() if arguments.model is None else arguments.model
         name = MODEL_NAME if arguments.model is None else str(arguments.model)
@@ -62,20 +69,27 @@ class Model:
             progress.say(f"{name} is no local path: asking the Hugging Face Hub")
         trusted = arguments.trust_remote_code
         config = _config(source, trusted)
-        _require_language_model(config, name, trusted)
-        limit = getattr(config, "max_position_embeddings", None)
-        if isinstance(limit, int) and arguments.sequence_length > limit:
+        task = _task(config, arguments.task, name, trusted)
+        limit = most_tokens(config)
+        if limit is not None and arguments.sequence_length > limit:
             raise ValueError(
                 f"--seq {arguments.sequence_length}: {name} has positions for {limit} tokens "
                 "(config.max_position_embeddings); lower --seq"
             )
+        has_weights = weight_source(source, config) is not None
+        own = set(getattr(config, "architectures", None) or ())
+        has_head = has_weights and bool(own & class_names(config, task))
+        config = for_task(config, task)
+        _set_labels(config, getattr(arguments, "labels", None), task, name, fixed=has_head)
         return cls(
             source=source,
             config=config,
             name=name,
-            has_weights=weight_source(source, config) is not None,
+            has_weights=has_weights,
             dtype=_dtype(arguments.dtype, config, name),
+            task=task,
             trusted=trusted,
+            has_new_head=task == CLASSIFICATION and not has_head,
         )
 
     def load(self, strategies: Sequence[Strategy], device: torch.device) -> nn.Module:
@@ -85,8 +99,10 @@ class Model:
         return load(
             self.source,
             strategies,
+            config=self.config,
             dtype=self.dtype,
             device=device,
+            task=self.task,
             trust_remote_code=self.trusted,
         )
 
@@ -124,16 +140,40 @@ def _as_flag(text: object) -> str:
     return str(text).replace("trust_remote_code=True", "--trust-remote-code")
 
 
-def _require_language_model(config: Any, name: str, trusted: bool) -> None:
-    from memrt.model_source import TASKS, auto_class, brings_code
+def most_tokens(config: Any) -> int | None:
+    """The tokens that a model has positions for; None where it does not say."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    if config.model_type in _COUNT_FROM_PADDING:
+        limit -= int(config.pad_token_id or 0) + 1
+    return limit
 
-    auto = auto_class(config)
-    problem = None if trusted else brings_code(config, auto)
+
+def _task(config: Any, wanted: str | None, name: str, trusted: bool) -> str:
+    from memrt.model_source import auto_class, brings_code, task_of
+
+    try:
+        task = task_of(config, wanted)
+    except ValueError as error:
+        raise ValueError(str(error).replace("task=", "--task ", 1)) from error
+    problem = None if trusted else brings_code(config, auto_class(config, task))
     if problem is not None:
         raise ValueError(f"{name}: {_as_flag(problem)}")
-    task = {each: task for task, each in TASKS.items()}[auto.__name__]
-    if task not in _LANGUAGE_MODELS or not hasattr(config, "vocab_size"):
+    return task
+
+
+def _set_labels(config: Any, labels: int | None, task: str, name: str, *, fixed: bool) -> None:
+    """`--labels`: the classes of a head that is not trained yet."""
+    if labels is None:
+        return
+    if task not in _CLASSIFIERS:
         raise ValueError(
-            f"{name} is for {task}; the command line trains language models on text (memrt train "
-            "also classifiers), others go through memrt.plan and memrt.prepare in Python"
+            f"--labels {labels}: {name} is for {task}; add --task sequence-classification, or "
+            "leave --labels out"
         )
+    if fixed and labels != config.num_labels:
+        raise ValueError(
+            f"--labels {labels}: the head of {name} has {config.num_labels} classes; leave it out"
+        )
+    config.num_labels = labels

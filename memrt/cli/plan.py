@@ -12,6 +12,7 @@ from memrt.cli.arguments import (
     add_data_flags,
     add_model_flags,
     add_report_flags,
+    whole_number,
 )
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ DOES_NOT_FIT = 2
 
 EMPTY = "none"  # memrt.cli.stacks.EMPTY, which would import torch
 
-_COLUMNS = ("text", "prompt", "completion", "messages")
+_COLUMNS = ("text", "prompt", "completion", "messages", "label", "text_pair")
 
 _DESCRIPTION = f"""\
 Predict the memory of a training run: the run itself, on fake tensors, two optimizer steps.
@@ -36,6 +37,10 @@ Predict the memory of a training run: the run itself, on fake tensors, two optim
 
 All words after --strategies form ONE stack.
 {STACK_HELP}
+  memrt plan --model answerdotai/ModernBERT-base --task sequence-classification --labels 5
+
+A plan is of what the config names, or of --task. Of classifiers too; --data has their labels.
+
   memrt plan --model meta-llama/Llama-3.1-8B --seq 2048 --batch 1 --auto --gpu rtx4090
 
 --auto adds strategies until it fits: first those that keep the numbers of training, then smaller
@@ -58,7 +63,13 @@ def add_parser(subparsers: Any) -> None:
         "--strategies", nargs="+", default=["none"], metavar="STRATEGY", help="one stack"
     )
     add_model_flags(parser)
-    add_data_flags(parser, default="random ids of --batch and --seq")
+    data = add_data_flags(parser, default="random ids of --batch and --seq")
+    data.add_argument(
+        "--labels",
+        type=whole_number(1),
+        metavar="N",
+        help="classes of a classifier's new head, without --data (default: the config's)",
+    )
     parser.add_argument(
         "--full",
         action="store_true",
@@ -114,7 +125,8 @@ def run(arguments: argparse.Namespace) -> int:
     model = Model.resolve(arguments, progress)
     window = None
     if arguments.data is not None:
-        window = batches_for(arguments, model, progress, num_steps=1).windows[0]
+        model, batches = batches_for(arguments, model, progress, num_steps=1)
+        window = batches.windows[0]
     planner = Planner(arguments=arguments, model=model, window=window, progress=progress)
     report = planner.auto(stack) if arguments.auto else planner.report(stack)
     add_gpu(report, gpu)
@@ -256,7 +268,9 @@ def _plan_options(arguments: argparse.Namespace, model: Model, window: Any) -> d
 def _as_report(planned: Plan, arguments: argparse.Namespace, model: Model) -> dict[str, Any]:
     report = planned.to_json()
     report["conditions"]["model"] = model.name
-    report["conditions"]["data"] = arguments.data or "random ids"
+    without = "random ids" if hasattr(model.config, "vocab_size") else "blank images"
+    report["conditions"]["data"] = arguments.data or without
+    report["conditions"]["task"] = model.task
     return report
 
 
@@ -272,6 +286,10 @@ def _refuse_flags_without_effect(arguments: argparse.Namespace) -> None:
             "--no-advice is for a stack that --gpu or --host may not hold; leave it out"
         )
     if arguments.data is not None:
+        if arguments.labels is not None:
+            raise ValueError(
+                f"--labels {arguments.labels}: the classes are those of --data; leave it out"
+            )
         return
     names = (
         "tokenizer",

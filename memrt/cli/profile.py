@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--ablate has no effect without --strategies; leave it out")
     progress = Progress()
     model = Model.resolve(arguments, progress)
-    workload = workload_for(arguments, model, progress)
+    model, workload = workload_for(arguments, model, progress)
     if arguments.kernel_scratch and workload.device.type != "cpu":
         raise ValueError(
             "--kernel-scratch is for CPU runs; on CUDA the allocator's own peak holds it: leave "

@@ -1,11 +1,11 @@
-"""Sequence classification in `memrt train`: labels, the config of the head, and accuracy."""
+"""Sequence classification on the command line: labels, the config of the head, and accuracy."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -15,11 +15,13 @@ from memrt.model_source import CLASSIFICATION, class_names
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from memrt.cli.model import Model
     from memrt.cli.train_config import TrainConfig
     from memrt.cli.train_model import TrainedModel
     from memrt.data import Collator, DataSettings, PreparedData
 
 __all__ = [
+    "LABEL_COLUMN",
     "classifier_of",
     "data_for",
     "frozen_head",
@@ -27,7 +29,10 @@ __all__ = [
     "without_unused_types",
 ]
 
-_LABEL_COLUMN = "label"
+_AnyModel = TypeVar("_AnyModel", "Model", "TrainedModel")
+
+LABEL_COLUMN = "label"
+"""Of a classifier's data, unless another is named."""
 
 
 def data_for(settings: TrainConfig, task: str) -> DataSettings:
@@ -40,12 +45,12 @@ def data_for(settings: TrainConfig, task: str) -> DataSettings:
                 f"model is for {task}; set model.task={CLASSIFICATION}, or leave it out"
             )
         return given
-    return settings.data_with(label_column=given.label_column or _LABEL_COLUMN)
+    return settings.data_with(label_column=given.label_column or LABEL_COLUMN)
 
 
 def classifier_of(
-    model: TrainedModel, data: DataSettings, tokenizer: PreTrainedTokenizerBase, collator: Collator
-) -> tuple[TrainedModel, Labels]:
+    model: _AnyModel, data: DataSettings, tokenizer: PreTrainedTokenizerBase, collator: Collator
+) -> tuple[_AnyModel, Labels]:
     """The model with the classes of the data in its config, and padding that its head knows."""
     found = read_label_names(data)
     labels = Labels(found)
@@ -65,13 +70,14 @@ def classifier_of(
     return replace(model, config=config, source=source), labels
 
 
-def _head_names(model: TrainedModel) -> list[str]:
+def _head_names(model: Model | TrainedModel) -> list[str]:
     config = model.config
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         kind = config.problem_type or "regression"
         raise ValueError(
             f"model {model.name} is a classifier for {kind}, with {config.num_labels} outputs; "
-            "`memrt train` trains those with one label of several, others go through memrt.Trainer"
+            "the command line trains those with one label of several, others go through "
+            "memrt.Trainer in Python"
         )
     return [str(config.id2label[index]) for index in range(config.num_labels)]
 

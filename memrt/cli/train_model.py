@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memrt.cli.model import quiet_hub
+from memrt.cli.model import most_tokens, quiet_hub
 from memrt.cli.train_config import EMBEDDED, TrainConfig
 from memrt.data import byte_level_tokenizer
 from memrt.data_files import TextStream, is_stream, require_file
@@ -18,11 +18,11 @@ from memrt.data_records import RecordFile, Row
 from memrt.embedded import MODEL_NAME, embedded_config
 from memrt.model_source import (
     CLASSIFICATION,
-    TASKS,
     auto_class,
     brings_code,
     class_names,
     resolve_config,
+    task_of,
     weight_source,
 )
 
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 __all__ = ["TrainedModel", "tokenizer_for"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-
-# Positions of these begin behind the padding's id.
-_COUNT_FROM_PADDING = ("camembert", "roberta", "xlm-roberta", "xlm-roberta-xl")
 
 # Enough for the counts of a few ten thousand merges; the trainer holds every distinct word.
 _MAX_TOKENIZER_CHARACTERS = 50_000_000
@@ -95,10 +92,8 @@ class TrainedModel:
         problem = None if self.trusted else brings_code(self.config, self.auto_class)
         if problem is not None:
             raise ValueError(f"model {self.name}: {_with_our_names(problem)}")
-        limit = getattr(self.config, "max_position_embeddings", None)
-        if isinstance(limit, int) and self.config.model_type in _COUNT_FROM_PADDING:
-            limit -= int(self.config.pad_token_id or 0) + 1
-        if isinstance(limit, int) and sequence_length > limit:
+        limit = most_tokens(self.config)
+        if limit is not None and sequence_length > limit:
             raise ValueError(
                 f"data.sequence_length={sequence_length}: the model has positions for {limit} "
                 "tokens (max_position_embeddings of its config); lower sequence_length"
@@ -149,7 +144,7 @@ def _task(config: Any, wanted: str | None, name: str) -> str:
         except ValueError as error:
             raise ValueError(f"model.{error}") from error
         return wanted
-    found = {auto: task for task, auto in TASKS.items()}[auto_class(config).__name__]
+    found = task_of(config)
     if found not in ("causal-lm", CLASSIFICATION) or not hasattr(config, "vocab_size"):
         raise ValueError(
             f"model {name} is for {found}; `memrt train` trains causal language models and "

@@ -47,15 +47,20 @@ def settings_for(arguments: argparse.Namespace) -> RunSettings:
     )
 
 
-def workload_for(arguments: argparse.Namespace, model: Model, progress: Progress) -> Workload:
-    """Everything that a measured run needs, on the device where it runs."""
+def workload_for(
+    arguments: argparse.Namespace, model: Model, progress: Progress
+) -> tuple[Model, Workload]:
+    """Everything that a measured run needs, on the device where it runs.
+
+    Also returns the model, a classifier with the classes of the data.
+    """
     from memrt.cli.batches import batches_for
     from memrt.measure import Workload
 
     device = device_for(arguments.device)
-    batches = batches_for(arguments, model, progress, num_steps=arguments.steps)
+    model, batches = batches_for(arguments, model, progress, num_steps=arguments.steps)
     batch_size, sequence_length = batches.shape
-    return Workload(
+    workload = Workload(
         build=partial(model.load, device=device),
         windows=batches.windows,
         evaluation=batches.evaluation,
@@ -76,3 +81,4 @@ def workload_for(arguments: argparse.Namespace, model: Model, progress: Progress
             "seed": arguments.seed,
         },
     )
+    return model, workload

@@ -109,7 +109,7 @@ def test_models_that_cannot_be_trained_are_refused(
     image = tmp_path / "vit"
     image.mkdir()
     (image / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    assert "is for image-classification" in memrt(*words, image).error
+    assert "is for image-classification" in memrt("profile", *RUN, "--model", image).error
     (image / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
     assert "model_type='no-such-type'" in memrt(*words, image).error
     (image / "config.json").write_text("{")

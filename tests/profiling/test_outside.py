@@ -15,7 +15,7 @@ from memrt.planning import batches_of, plan
 from memrt.profiling.ledger import Ledger
 from memrt.profiling.outside import EVALUATE, Outside
 from memrt.profiling.render_outside import outside_sections, watched_sections
-from memrt.runner import evaluate, start, train_step
+from memrt.runner import copied, evaluate, start, train_step
 from memrt.structure import RunSettings
 from memrt.testing import tiny_config
 
@@ -33,14 +33,14 @@ def counted(config: Any, strategies: list[str], shape: Any) -> Outside:
     loading = Ledger()
     with loading:
         model = memrt.load(config, parsed, dtype=torch.float32, seed=0)
-    window = batches_of(config, shape)
+    windows = [copied(batches_of(config, shape)) for _ in range(3)]
     with Ledger() as ledger:
         run = start(model, parsed, settings=RunSettings(max_grad_norm=1.0), ledger=ledger)
-        for _ in range(2):
-            train_step(run, window)
+        while len(windows) > 1:
+            train_step(run, windows.pop())
         steps_end = ledger.timeline.now
         with ledger.phase(EVALUATE):
-            evaluate(run, window[0])
+            evaluate(run, windows.pop()[0])
         ledger.close()
     return Outside.of(ledger.timeline, loading=loading.timeline, steps_end=steps_end)
 
