@@ -28,23 +28,28 @@ without SVDs the ratio is at least (2 t + r) / (3 t + 2 r) for t tokens and rank
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import memrt
 from benchmarks.record import spread
-from benchmarks.shapes import llama_config
+from benchmarks.step_times import (
+    Step,
+    case_ids,
+    case_model,
+    case_name,
+    in_turns,
+    loss_of,
+    one_thread,
+    session_step,
+    timed,
+)
 
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
-
-__all__ = ["CLAIM", "DEFAULTS", "GOAL", "TINY", "measure", "name_of", "run", "summarise"]
+__all__ = ["CLAIM", "DEFAULTS", "GOAL", "TINY", "measure", "run", "summarise"]
 
 CLAIM = "A step with galore, refreshes included, takes at most half of one with galore-torch."
 GOAL = "amortised whole step at most 0.5 × galore-torch's for a layer of 8B's shape"
@@ -76,82 +81,18 @@ TINY: dict[str, Any] = {
 }
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
-Step = Callable[[Tensor], tuple[float, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Times:
-    """Seconds of whole steps and of their updates."""
-
-    whole: list[float]
-    update: list[float]
-
-    def add(self, pair: tuple[float, float]) -> None:
-        """Of one step."""
-        self.whole.append(pair[0])
-        self.update.append(pair[1])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _timed(
-    device: torch.device, before: Callable[[], None], update: Callable[[], None]
-) -> tuple[float, float]:
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-    begun = clock()
-    before()
-    _synchronize(device)
-    between = clock()
-    update()
-    _synchronize(device)
-    ended = clock()
-    return ended - begun, ended - between
-
-
-def _config(case: Mapping[str, Any]) -> LlamaConfig:
-    """Of the case's size, with fewer layers or a smaller vocabulary where it says so."""
-    config = llama_config(case["size"])
-    config.num_hidden_layers = case.get("layers", config.num_hidden_layers)
-    config.vocab_size = case.get("vocabulary", config.vocab_size)
-    return config
-
-
-def _model(case: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    return memrt.load(_config(case), dtype=dtype, seed=0).to(device).train()
-
-
-def _loss(model: nn.Module, ids: Tensor) -> Tensor:
-    loss: Tensor = model(input_ids=ids, labels=ids).loss
-    return loss
-
 
 def _plain(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     def update() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return lambda ids: _timed(ids.device, lambda: _loss(model, ids).backward(), update)  # type: ignore[no-untyped-call]
+    return lambda ids: timed(ids.device, lambda: loss_of(model, ids).backward(), update)  # type: ignore[no-untyped-call]
 
 
 def _ours(model: nn.Module, form: str, *, every: int, rank: int) -> Step:
     strategy = {"galore": {"form": form, "rank": rank, "every": every}}
-    session = memrt.prepare(model, [strategy], **ADAMW)
-
-    def before(ids: Tensor) -> None:
-        with session.micro_batch(last=True):
-            session.backward(_loss(model, ids))
-
-    def step(ids: Tensor) -> tuple[float, float]:
-        return _timed(ids.device, lambda: before(ids), lambda: _ignore(session.step()))
-
-    return step
-
-
-def _ignore(_: object) -> None:
-    """What a step returns is not asked for."""
+    return session_step(memrt.prepare(model, [strategy], **ADAMW))
 
 
 def _authors(model: nn.Module, *, every: int, rank: int) -> Step:
@@ -172,7 +113,7 @@ def _authors(model: nn.Module, *, every: int, rank: int) -> Step:
 def _step(
     label: str, case: Mapping[str, Any], rank: int, device: torch.device, dtype: torch.dtype
 ) -> Step:
-    model = _model(case, device, dtype)
+    model = case_model(case, device, dtype)
     if label == BASE:
         return _plain(model, torch.optim.AdamW(model.parameters(), fused=True, **ADAMW))
     if label == PEER:
@@ -188,22 +129,12 @@ def measure(
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Seconds of the first step, which refreshes, and of the later ones, for every variant."""
-    length = options["sequence_length"]
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = _config(case).vocab_size
-    ids = torch.randint(vocabulary, (case["tokens"] // length, length), generator=generator)
-    ids = ids.to(device)
+    ids = case_ids(case, options["sequence_length"], device)
     peers = [PEER] if find_spec("galore_torch") else []
     labels = [OURS, *peers, OURS_FORMED, BASE]
     steps = {label: _step(label, case, options["rank"], device, dtype) for label in labels}
     first = {label: step(ids) for label, step in steps.items()}
-    later = {label: _Times([], []) for label in labels}
-    for index in range(options["warm_up"] + options["steps"]):
-        turn = index % len(labels)
-        for label in labels[turn:] + labels[:turn]:
-            pair = steps[label](ids)
-            if index >= options["warm_up"]:
-                later[label].add(pair)
+    later = in_turns(steps, ids, warm_up=options["warm_up"], count=options["steps"])
     return {
         "case": dict(case),
         "variants": {
@@ -239,26 +170,17 @@ def summarise(found: Mapping[str, Any], every: int) -> dict[str, Any]:
     }
 
 
-def name_of(case: Mapping[str, Any]) -> str:
-    """A case in words."""
-    layers = case.get("layers")
-    part = "" if layers is None else f"{layers} layer{'s' if layers > 1 else ''} of "
-    return f"{part}{case['size']}, {case['tokens']} tokens"
-
-
 def run(options: Mapping[str, Any]) -> dict[str, Any]:
     """Every case in turn, on the CPU; the GPU suite calls `measure` on its device."""
     if not find_spec("galore_torch"):
         raise ImportError("the authors' optimizer is compared with; run: pip install galore-torch")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         repetitions = [measure(options, case, torch.device("cpu")) for case in options["cases"]]
-    finally:
-        torch.set_num_threads(threads)
-    summary = {name_of(found["case"]): summarise(found, options["every"]) for found in repetitions}
+    summary = {
+        case_name(found["case"]): summarise(found, options["every"]) for found in repetitions
+    }
     judged = [
-        summary[name_of(case)][OURS]["ratio_to_galore_torch"]
+        summary[case_name(case)][OURS]["ratio_to_galore_torch"]
         for case in options["cases"]
         if case["size"] == JUDGED
     ]

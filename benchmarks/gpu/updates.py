@@ -22,6 +22,7 @@ import torch
 from benchmarks.galore_step import benchmark as galore_step
 from benchmarks.gpu.common import PartFile, Setting, empty, parse, synchronize
 from benchmarks.optimizer_step import benchmark as optimizer_step
+from benchmarks.step_times import case_name
 
 __all__ = ["main"]
 
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         part.case(f"adamw {dtype}", partial(_adamw, setting, dtype))
     cases = galore_step.TINY["cases"] if setting.tiny else GALORE_SIZES["cases"]
     for case in cases:
-        part.case(f"galore {galore_step.name_of(case)}", partial(_galore, setting, case))
+        part.case(f"galore {case_name(case)}", partial(_galore, setting, case))
     return 0
 
 

@@ -19,6 +19,7 @@ from benchmarks.shapes import SHAPES, llama_config
 
 NAMES = [
     "galore_step",
+    "ladder_step",
     "ledger_cost",
     "optimizer_step",
     "plan_accuracy",
@@ -114,6 +115,14 @@ def test_a_step_of_galore_is_charged_with_its_refreshes(results: dict[str, dict[
         assert row["amortised_whole_seconds"] == pytest.approx(later + (first - later) / every)
     base = rows["torch fused AdamW"]
     assert base["amortised_whole_seconds"] == base["later_whole_seconds"]["median"]
+
+
+def test_a_ladder_keeps_less_than_checkpointing(results: dict[str, dict[str, Any]]) -> None:
+    (rows,) = results["ladder_step"]["summary"].values()
+    ours, base = rows["ladder, pooled, checkpointed"], rows["lora + checkpointing"]
+    assert base["share_of_activations"] == base["ratio_of_steps"]["median"] == 1
+    assert ours["share_of_activations"] < 0.5
+    assert ours["activation_bytes"] < base["activation_bytes"] < rows["lora"]["activation_bytes"]
 
 
 def test_tiny_results_do_not_go_where_results_are_committed(
