@@ -12,11 +12,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality import sst2_table
+from benchmarks.quality import table as quality_table
 from benchmarks.record import RESULTS, ROOT, SCHEMA, check_record
 
 __all__ = ["fill", "main", "records", "results_table"]
@@ -24,7 +25,7 @@ __all__ = ["fill", "main", "records", "results_table"]
 PAGE = ROOT / "benchmarks" / "README.md"
 NONE = "No result is committed yet."
 
-_TABLE = re.compile(r"(<!-- table: (results|sst2) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- table: (results|sst2|quality) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def records(folder: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -76,13 +77,21 @@ def results_table(folder: Path) -> str:
     )
 
 
-def quality_table(folder: Path) -> str:
-    """What fine-tuning a real encoder came to, stack by stack."""
-    found = [record for _, record in records(folder) if record["name"] == "sst2"]
-    return "\n\n".join(map(sst2_table.markdown, found)) or NONE
+def _tables(name: str, markdown: Callable[[Mapping[str, Any]], str]) -> Callable[[Path], str]:
+    """Makes the tables of all results of that name."""
+
+    def make(folder: Path) -> str:
+        found = [record for _, record in records(folder) if record["name"] == name]
+        return "\n\n".join(map(markdown, found)) or NONE
+
+    return make
 
 
-_MADE = {"results": results_table, "sst2": quality_table}
+_MADE = {
+    "results": results_table,
+    "sst2": _tables("sst2", sst2_table.markdown),
+    "quality": _tables("quality", quality_table.markdown),
+}
 
 
 def fill(text: str, folder: Path) -> str:

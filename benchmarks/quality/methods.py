@@ -46,8 +46,26 @@ METHODS = {
         overrides=("training.max_grad_norm=0",),  # it bounds every update itself
     ),
     "lora": Method(strategies=("peft(rank=16)",), learning_rates=_LOW_RANK),
+    "lora + activation_checkpoint": Method(
+        strategies=("peft(rank=16)", "activation_checkpoint"), learning_rates=_LOW_RANK
+    ),
     "qlora": Method(strategies=("nf4", "peft(rank=16)"), learning_rates=_LOW_RANK),
     "ladder": Method(strategies=("ladder(reduction=4)",), learning_rates=_LOW_RANK),
+    "ladder, low-rank taps": Method(
+        strategies=("ladder(reduction=4, taps='low_rank')",), learning_rates=_LOW_RANK
+    ),
+    "ladder, pooled taps": Method(
+        strategies=("ladder(reduction=4, taps='pooled')",), learning_rates=_LOW_RANK
+    ),
+    "ladder, pooled taps, checkpointed": Method(
+        strategies=("ladder(reduction=4, taps='pooled', checkpoint=True)",),
+        learning_rates=_LOW_RANK,
+    ),
+    "ladder, selected taps": Method(
+        strategies=("ladder(reduction=4, taps='selected')",), learning_rates=_LOW_RANK
+    ),
+    "qst": Method(strategies=("nf4", "ladder(reduction=4)"), learning_rates=_LOW_RANK),
 }
-"""Ranks are a fifth of the model's width, as 128 is of the papers' small models; intervals are cut
-to runs of a few hundred steps, so that a run has as many of them as a long one."""
+"""Ladders are a fourth of the model's width, for a sixteenth would be 20 channels. Ranks are a
+fifth of it, as 128 is of the papers' small models; intervals are cut to runs of a few hundred
+steps, so that a run has as many of them as a long one."""
