@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import weakref
 from contextlib import contextmanager
 from functools import partial
 from glob import escape
@@ -28,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from memrt.adapters import has_adapter_files, load_adapters
+from memrt.base_record import base_record, require_base
 from memrt.checkpoint_loading import has_weight_files, load_weights
 from memrt.errors import CheckpointWriteError
 from memrt.registry import from_json
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer as _Trainer
 
+    from memrt.base_record import BaseRecord
     from memrt.session import Session
     from memrt.strategy import Strategy
 else:
@@ -279,6 +282,7 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
     _staging: str | None = None
     _last_checkpoint: str | None = None
     _resuming: dict[str, Any] | None = None
+    _recorded: tuple[weakref.ref[nn.Module], BaseRecord] | None = None
 
     def _get_output_dir(self, trial: Any) -> str:
         """While a checkpoint is written, the folder that stands in for the run's."""
@@ -326,10 +330,20 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
         if self._staging is None:  # otherwise it is pushed later, under its final name
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _save(self, *args: Any, **kwargs: Any) -> None:
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """transformers' `_save`, in shards: a shard of a device's weights lies on the host."""
         with _bounded_shards(self._bare_model()):
-            super()._save(*args, **kwargs)
+            super()._save(output_dir, *args, **kwargs)
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if self._has_own_adapters(folder) and not self._is_sharded:
+            self._record_of_base().write(folder)
+
+    def _record_of_base(self) -> BaseRecord:
+        """What the adapters know their base by; a frozen base is looked at once."""
+        model = self._bare_model()
+        if self._recorded is None or self._recorded[0]() is not model:
+            self._recorded = weakref.ref(model), base_record(model)
+        return self._recorded[1]
 
     def _bare_model(self) -> nn.Module:
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -348,6 +362,8 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
         if self._strategies:
             self._resuming = load_state(folder, self._strategies, mapped=self._has_device)
         if self._has_own_adapters(folder):
+            if not self._is_sharded:
+                require_base(self._bare_model(), folder)
             load_adapters(self.model, folder)
         elif self._streams_weights(folder) and not (args or kwargs):
             load_weights(self.model, folder)
@@ -366,9 +382,13 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
 
     def _streams_weights(self, folder: Path) -> bool:
         """Whether a whole model lies in safetensors and this process has the whole model."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         adapted = hasattr(self.model, "peft_config")  # transformers knows where its adapters lie
-        return has_weight_files(folder) and not sharded and not adapted
+        return has_weight_files(folder) and not self._is_sharded and not adapted
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether this process has only a part of the model."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _has_own_adapters(self, folder: Path) -> bool:
         """Adapters that a strategy put into the model; transformers loads those of PeftModel."""

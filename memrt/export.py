@@ -23,6 +23,7 @@ import torch
 import transformers
 from torch import nn
 
+from memrt.base_record import BASE_NAME
 from memrt.checkpoint import MAX_SHARD_BYTES, SETTINGS_NAME, STATE_NAME, staged
 from memrt.checkpoint_weights import cast_plan
 from memrt.errors import CheckpointWriteError
@@ -50,6 +51,7 @@ _RUN_FILES = (
     "training_args.bin",
     STATE_NAME,
     SETTINGS_NAME,
+    BASE_NAME,
 )
 # written anew from the exported model
 _MODEL_FILES = (

@@ -21,6 +21,7 @@ from memrt.adapters import (
     reads_base_weights,
     remove_adapters,
 )
+from memrt.base_record import require_base
 from memrt.checkpoint import load_state, read_strategies
 from memrt.initialization import Skeleton
 from memrt.loading import load
@@ -178,6 +179,7 @@ class Source:
             model = load(str(self.base), self.packed, task=self.task)
             inject(copy.deepcopy(self.adapter_config), model)
             load_adapters(model, self.folder, remedy=_REMEDY)
+            require_base(model, self.folder)
             return model
         whole: nn.Module = self._loaded()
         if self.packed:
@@ -201,12 +203,14 @@ class Source:
         if not self.strategies:
             before = inject(copy.deepcopy(self.adapter_config), model)
             load_adapters(model, self.folder, remedy=_REMEDY)
+            require_base(model, self.folder)
             folded = len(adapter_layers(model))
             fold_adapters(model)
             remove_adapters(model, before)
             return model, folded, 0
         session = Session(model, self.strategies)
         load_adapters(model, self.folder, remedy=_REMEDY)
+        require_base(model, self.folder)
         session.load_strategy_state(load_state(self.folder, self.strategies))
         folded, unpacked = len(adapter_layers(model)), len(packed_layers(model))
         return session.export(), folded, unpacked

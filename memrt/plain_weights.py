@@ -28,6 +28,7 @@ from memrt.adapters import (
     read_adapters,
     trained_copies,
 )
+from memrt.base_record import lasting_names, require_base_tensors
 from memrt.checkpoint_weights import cast_plan
 from memrt.packed_weights import is_conv1d
 from memrt.structure import Facts, RunSettings, discover
@@ -150,12 +151,16 @@ class PlainWeights:
         """What adapters change: folded weights, and copies that were trained whole."""
         assert self.adapters is not None
         names = {id(module): name for name, module in self.model.named_modules()}
+        lasting = lasting_names(self.model)
         _stand_in(self.model)
         inject(self.adapter_config, self.model)
         state = read_adapters(self.adapters)
         self._take_base(state, base)
         remedy = "name the base that they were trained on"
         load_adapters(self.model, self.adapters, state=state, remedy=remedy)
+        where = str(self.files.path(next(iter(self.files))).parent)
+        if not require_base_tensors(lasting, base, self.adapters, base=where):
+            self.notes.append("whether this is the base of the adapters cannot be told from files")
         changed: dict[str, Callable[[], Tensor]] = {}
         for _, layer in adapter_layers(self.model):
             module = layer.get_base_layer()

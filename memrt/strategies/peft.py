@@ -3,9 +3,10 @@
 Any method of PEFT that is put into a model's layers: by a configuration object, `Peft(config=
 LoraConfig(...))`, or by name, `peft(method="lora", rank=16, targets="all-linear")`. Adapters are
 PEFT's own modules, with its rounding, dropout and initialisation; checkpoints hold them in PEFT's
-layout (`adapter_config.json`, `adapter_model.safetensors`), which plain PEFT loads. Gradients and
-AdamW's moments exist for the adapters alone: for LoRA of rank r, 16 · r · (in + out) bytes a layer
-in fp32 instead of 12 · in · out. Works over packed weights (`nf4`, `int8`): QLoRA.
+layout (`adapter_config.json`, `adapter_model.safetensors`), which plain PEFT loads, and beside it a
+hash of the base (`memrt_base.json`): resume, `memrt merge` and `memrt export` refuse another base.
+Gradients and AdamW's moments exist for the adapters alone: for LoRA of rank r, 16 · r · (in + out)
+bytes a layer in fp32 instead of 12 · in · out. Works over packed weights (`nf4`, `int8`): QLoRA.
 
 What it does not lower: activations. On a bf16 base PEFT keeps an fp32 copy of every adapted layer's
 input; see `fused_lora`. Methods without layers in the model (prompt and prefix tuning) need
@@ -29,6 +30,7 @@ from memrt.adapters import (
     reads_base_weights,
     remove_adapters,
 )
+from memrt.base_record import base_record
 from memrt.errors import unknown_name
 from memrt.kernels.nf4 import without_hub_warning
 from memrt.packed_weights import packed_layers
@@ -212,8 +214,9 @@ class _Adapters(Attachment):
         return "may" if hasattr(self.run.model, "save_pretrained") else "no"
 
     def save_apart(self, folder: Path) -> None:
-        """The adapters, as plain PEFT and transformers load them."""
+        """The adapters, as plain PEFT and transformers load them, and what tells their base."""
         self.run.model.save_pretrained(folder)  # type: ignore[operator]
+        base_record(self.run.model).write(folder)
 
     def export(self, model: nn.Module) -> None:
         """Add what the adapters learned to the weights, dense ones if they were packed."""

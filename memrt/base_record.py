@@ -1,0 +1,252 @@
+"""What adapters know their base by: a hash beside their files, compared before they are used.
+
+    adapter_config.json, adapter_model.safetensors    PEFT's, unchanged: plain PEFT loads the folder
+    memrt_base.json    version, the base's class, its hash, and what of it the hash leaves out
+
+The hash is that of a ladder's backbone (`memrt.ladder.files`): SHA-256 over what every precision
+keeps, the embeddings, norms and biases, rounded to bfloat16. What trained beside the adapters is
+left out, by name. A folder without the file, such as PEFT writes, loads as it always did.
+
+Costs one pass over the embeddings when the first checkpoint is written and when one is read; on the
+host 32 MiB of them at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "BASE_NAME",
+    "BaseRecord",
+    "base_record",
+    "lasting_names",
+    "require_base",
+    "require_base_tensors",
+]
+
+BASE_NAME = "memrt_base.json"
+
+_VERSION = 1
+_PIECE_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseRecord:
+    """One base."""
+
+    model: str
+    """Its class."""
+    fingerprint: str
+    left_out: tuple[str, ...] = ()
+    """Parameters that a hash would take and that trained, or were trained as copies."""
+
+    def write(self, folder: Path) -> None:
+        """Beside the adapters."""
+        values = {
+            "version": _VERSION,
+            "model": self.model,
+            "base": self.fingerprint,
+            "left_out": list(self.left_out),
+        }
+        (folder / BASE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> BaseRecord | None:
+        """What a folder says of its adapters' base; None where it says nothing."""
+        path = folder / BASE_NAME
+        if not path.is_file():
+            return None
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            version, fingerprint = values["version"], str(values["base"])
+            found = cls(
+                model=str(values["model"]),
+                fingerprint=fingerprint,
+                left_out=tuple(map(str, values["left_out"])),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); copy it again") from error
+        if version != _VERSION:
+            raise ValueError(
+                f"{path} has version {version!r}, this memrt reads {_VERSION}; load the adapters "
+                "with the memrt that wrote them"
+            )
+        return found
+
+    def refuse(self, folder: Path, base: str) -> ValueError:
+        """For another base than this."""
+        return ValueError(
+            f"the adapters in {folder} were trained on another base (a {self.model}) than {base}: "
+            "embeddings, norms or biases differ; give the model that they were trained on "
+            f"(deleting {BASE_NAME} there leaves the base unchecked)"
+        )
+
+
+def base_record(model: nn.Module) -> BaseRecord:
+    """Of a model, with or without adapters in it."""
+    model = _inner(model)
+    lasting = dict(_lasting(model))
+    trained = {name for name, parameter in lasting.items() if parameter.requires_grad}
+    left_out = sorted(trained.union(_copied(model, _embedding_ids(model))))
+    return BaseRecord(
+        model=type(model).__name__,
+        fingerprint=_digest(_in_memory(lasting, left_out)),
+        left_out=tuple(left_out),
+    )
+
+
+def require_base(model: nn.Module, folder: str | Path) -> None:
+    """Refuse a model that is not the base of the adapters in `folder`, where the folder knows."""
+    record = BaseRecord.read(Path(folder))
+    if record is None:
+        return
+    model = _inner(model)
+    if _digest(_in_memory(dict(_lasting(model)), record.left_out)) != record.fingerprint:
+        raise record.refuse(Path(folder), f"this {type(model).__name__}")
+
+
+def require_base_tensors(
+    groups: Collection[tuple[str, ...]],
+    made: Mapping[str, Callable[[], Tensor]],
+    folder: Path,
+    *,
+    base: str,
+) -> bool:
+    """The same for a base whose tensors are made one at a time; False: it cannot be told.
+
+    `groups` is what `lasting_names` gave; one of the names of each must be among `made`.
+    """
+    record = BaseRecord.read(folder)
+    if record is None:
+        return True
+    out = set(record.left_out)
+    held = [
+        (group[0], next((made[name] for name in group if name in made), None))
+        for group in groups
+        if group[0] not in out
+    ]
+    if any(make is None for _, make in held):
+        return False
+    if _digest((name, make) for name, make in held if make is not None) != record.fingerprint:
+        raise record.refuse(folder, base)
+    return True
+
+
+# ---------------------------------------------------------------- what is hashed
+
+
+def lasting_names(model: Any) -> list[tuple[str, ...]]:
+    """The parameters that a hash takes, for a model on meta, of which nothing is tied yet.
+
+    Each comes with the names that share it in the loaded model, the first of them first.
+    """
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    embeddings = _embedding_ids(model)
+    groups: dict[str, list[str]] = {}
+    lasts: set[str] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        leader = ties.get(name, name)
+        groups.setdefault(leader, []).append(name)
+        if _lasts(parameter, embeddings):
+            lasts.add(leader)
+    return [tuple(names) for leader, names in groups.items() if leader in lasts]
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrapper, if it is in one."""
+    get = getattr(model, "get_base_model", None)
+    inner = model if get is None else get()
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _lasts(parameter: Tensor, embeddings: Collection[int]) -> bool:
+    small = parameter.ndim <= 1 or id(parameter) in embeddings
+    return small and parameter.is_floating_point()
+
+
+def _embedding_ids(model: nn.Module) -> set[int]:
+    return {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+def _lasting(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The same of a loaded model, by the names that it has without adapters."""
+    embeddings = _embedding_ids(model)
+    wrappers = dict(_wrappers(model))
+    for name, parameter in model.named_parameters():
+        plain = _plain_name(name, wrappers)
+        if plain is not None and _lasts(parameter, embeddings):
+            yield plain, parameter
+
+
+def _wrappers(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """PEFT's modules in a model by name, and what in each is the base's own."""
+    try:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper
+    except ImportError:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            yield name, "base_layer"
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            yield name, "original_module"
+
+
+def _plain_name(name: str, wrappers: dict[str, str]) -> str | None:
+    """A parameter's name in the model without adapters; None for a part of an adapter."""
+    parts, plain, at = name.split("."), [], 0
+    while at < len(parts):
+        plain.append(parts[at])
+        own = wrappers.get(".".join(parts[: at + 1]))
+        at += 1
+        while own is not None:  # one may hold another
+            if at >= len(parts) or parts[at] != own:
+                return None
+            own = wrappers.get(".".join(parts[: at + 1]))
+            at += 1
+    return ".".join(plain)
+
+
+def _copied(model: nn.Module, embeddings: Collection[int]) -> Iterator[str]:
+    """Parameters that a hash would take and of which PEFT trains a copy, or a part."""
+    wrappers = dict(_wrappers(model))
+    for name, own in wrappers.items():
+        if own == "original_module":
+            for part, parameter in model.get_submodule(f"{name}.{own}").named_parameters():
+                plain = _plain_name(f"{name}.{own}.{part}", wrappers)
+                if plain is not None and _lasts(parameter, embeddings):
+                    yield plain
+
+
+def _in_memory(
+    lasting: dict[str, nn.Parameter], left_out: Collection[str]
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    out = set(left_out)
+    for name, parameter in lasting.items():
+        if name not in out:
+            yield name, parameter.detach
+
+
+def _digest(tensors: Iterable[tuple[str, Callable[[], Tensor]]]) -> str:
+    digest = hashlib.sha256()
+    for name, make in tensors:
+        tensor = make()
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        for piece in tensor.reshape(-1).split(_PIECE_ELEMENTS):
+            rounded = piece.to(torch.bfloat16).contiguous().cpu()
+            digest.update(rounded.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
