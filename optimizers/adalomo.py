@@ -13,27 +13,24 @@ A parameter of one dimension keeps its whole second moment v in place of r and c
 are taken over the parameter ("grouped update normalisation"), so that no other gradient is needed
 and the update can run in backward.
 
-Bytes of state: 4 (rows + columns) a matrix, 4 an element of a vector, and a step counter of 4. All
-arithmetic is fp32; three sweeps over pieces of whole rows need temporaries of a few fp32 pieces of
-`PIECE_ELEMENTS` elements, not of the weight. Nothing is read to the host.
+Bytes of state: 4 (rows + columns) a matrix, 4 an element of a vector, and a step counter of 4. The
+step is one operator of three sweeps, all in fp32, whose temporaries do not grow with the weight
+(`memrt.kernels.adalomo`). Nothing is read to the host.
 
 Source: Lv et al., "AdaLomo: Low-memory Optimization with Adaptive Learning Rate", arXiv 2310.10195.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from memrt.kernels.adalomo import adalomo_
 from memrt.optimizers.parameterwise import ParameterwiseOptimizer, check_not_negative
 
 __all__ = ["AdaLomo"]
-
-PIECE_ELEMENTS = 2**22
 
 
 class AdaLomo(ParameterwiseOptimizer):
@@ -85,55 +82,15 @@ class AdaLomo(ParameterwiseOptimizer):
             return
         state["step"].add_(1)
         fresh = state["step"].pow(group["decay_rate"])  # w_t
-        if parameter.ndim < 2:
-            parameter, gradient = parameter.view(1, -1), gradient.view(1, -1)
-            _average(state, "exp_avg_sq", gradient.float().square() + group["eps"][0], fresh)
-        else:
-            _accumulate_factors(gradient, state, fresh, group["eps"][0])
-        squares = torch.zeros(2, dtype=torch.float32, device=parameter.device)
-        for rows in _pieces(gradient):
-            squares[0] += _direction(gradient, rows, state).square().sum()
-            squares[1] += parameter[rows].float().square().sum()
-        rms_update, rms_weight = (squares / parameter.numel()).sqrt().unbind()
-        step_size = group["lr"] * rms_weight.clamp(min=group["eps"][1])
-        along = step_size / (rms_update / group["clip_threshold"]).clamp(min=1.0)
-        for rows in _pieces(gradient):
-            weight = parameter[rows]
-            update = _direction(gradient, rows, state).mul_(along).view(weight.shape)
-            if group["weight_decay"]:
-                update.add_(weight.float() * (step_size * group["weight_decay"]))
-            weight.sub_(update)
-
-
-def _average(state: dict[str, Tensor], key: str, value: Tensor, fresh: Tensor) -> None:
-    state[key].lerp_(value.view_as(state[key]), fresh)
-
-
-def _pieces(gradient: Tensor) -> Iterator[slice]:
-    """Slices of whole rows."""
-    num_rows = max(1, PIECE_ELEMENTS // max(1, gradient[:1].numel()))
-    for start in range(0, gradient.shape[0], num_rows):
-        yield slice(start, min(start + num_rows, gradient.shape[0]))
-
-
-def _accumulate_factors(
-    gradient: Tensor, state: dict[str, Tensor], fresh: Tensor, eps: float
-) -> None:
-    row_means = torch.empty_like(state["exp_avg_sq_row"])
-    column_sums = torch.zeros_like(state["exp_avg_sq_col"])
-    for rows in _pieces(gradient):
-        squared = gradient[rows].float().flatten(1).square() + eps  # [rows of the piece, columns]
-        row_means[rows] = squared.mean(dim=1)
-        column_sums += squared.sum(dim=0)
-    _average(state, "exp_avg_sq_row", row_means, fresh)
-    _average(state, "exp_avg_sq_col", column_sums / gradient.shape[0], fresh)
-
-
-def _direction(gradient: Tensor, rows: slice, state: dict[str, Tensor]) -> Tensor:
-    """U of a piece, before its RMS is bounded."""
-    piece = gradient[rows].to(torch.float32, copy=True).flatten(1)
-    if "exp_avg_sq" in state:
-        return piece.mul_(state["exp_avg_sq"].view(1, -1).rsqrt())
-    row = state["exp_avg_sq_row"]
-    piece.mul_((row[rows] / row.mean()).rsqrt().unsqueeze(1))
-    return piece.mul_(state["exp_avg_sq_col"].rsqrt())
+        is_vector = parameter.ndim < 2
+        adalomo_(
+            parameter,
+            gradient,
+            None if is_vector else state["exp_avg_sq_row"],
+            state["exp_avg_sq" if is_vector else "exp_avg_sq_col"],
+            fresh,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            clip_threshold=group["clip_threshold"],
+        )

@@ -120,6 +120,7 @@ _FORMULAS: dict[str, Formula] = {
 _ELEMENTWISE = frozenset(
     f"memrt::{name}"
     for name in (
+        "adalomo",
         "add_channels",
         "adamw_fp8",
         "adamw_int4",

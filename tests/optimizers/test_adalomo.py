@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from memrt.optimizers import adalomo
+from memrt.kernels import adalomo
 from memrt.optimizers.adalomo import AdaLomo
 
 SHAPES: list[tuple[int, ...]] = [(16, 24), (9,), (5, 3, 4), (1, 7), (6, 1)]
@@ -109,36 +105,6 @@ def test_state_is_rows_and_columns() -> None:
         sum(v.numel() * v.element_size() for v in optimizer.state[p].values()) for p in parameters
     ]
     assert held == [4 * (n + 1) for n in (16 + 24, 9, 5 + 12, 1 + 7, 6 + 1)]
-
-
-class _Largest(TorchDispatchMode):
-    """The largest tensor that any operator made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                held = {
-                    a.untyped_storage()._cdata for a in tree_leaves(args) if isinstance(a, Tensor)
-                }
-                if storage._cdata not in held:
-                    self.num_bytes = max(self.num_bytes, storage.nbytes())
-        return result
-
-
-def test_temporaries_are_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adalomo, "PIECE_ELEMENTS", 256)
-    weight = nn.Parameter(torch.randn(200, 32))
-    weight.grad = torch.randn(200, 32)
-    optimizer = AdaLomo([weight], weight_decay=0.1)
-    with _Largest() as largest:
-        optimizer.step()
-    assert 0 < largest.num_bytes <= 4 * 256
 
 
 def test_the_authors_package_makes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
