@@ -257,9 +257,9 @@ class Session:
         Its gradients go, wherever they are: they must not count in the next step.
         """
         if self._in_step:
+            self.clear_gradients()
             for attachment in reversed(self.attachments):
                 attachment.after_step(self.step_index)
-            self.model.zero_grad(set_to_none=True)
             self._in_step = False
 
     def loss_only(self) -> AbstractContextManager[None]:

@@ -7,7 +7,8 @@ dW itself for r < m n / (m + n), and linear, so that micro-batches accumulate in
 direction N of R is applied as W ← W (1 - lr·wd) - lr·scale·P N (or N Pᵀ). P comes from sketches of
 dYᵀX, refreshed every `every` steps, warm-started and staggered over the layers; moments are kept.
 
-Bytes per projected weight: basis 4 m r (`basis` has less), moments 8 n r (2.03 n r with
+Bytes per projected weight: basis 4 m r (`basis` has less; in a step that refreshes it the old one
+too, for a step that is skipped takes its refresh back), moments 8 n r (2.03 n r with
 `int8_states`), gradient 4 n r in place of 4 m n. Embeddings, head, norms, biases keep AdamW. Zhao
 et al. 2024, arXiv 2403.03507; the projection without the gradient is memrt's. With an injected
 identity basis it is AdamW.
@@ -208,8 +209,32 @@ class _GradientFree(ProjectedAttachment):
                 made[kind] = _projected(kind)
             run.recast(module_name, made[kind])
             module.__dict__["_memrt_sink"] = subspace
+        self._before: dict[str, dict[str, Any]] = {}
+        """What the subspaces that this step refreshes were before it."""
+        self._num_skipped = 0
         if self.subspaces:
             self.norm_kind = settings.norm
+
+    def before_step(self, step: int) -> None:
+        """Also keep what a refresh replaces until it is known that the step counts."""
+        super().before_step(step)
+        states = {name: subspace.state_dict() for name, subspace in self.subspaces.items()}
+        self._before = {name: each for name, each in states.items() if each["refresh_pending"]}
+        self._num_skipped = self._skipped_steps()
+
+    def after_step(self, step: int) -> None:
+        """Take back what a step that was left out has refreshed: the next one does it anew."""
+        skipped = self._skipped_steps() > self._num_skipped
+        for name, state in self._before.items():
+            subspace = self.subspaces[name]
+            dropped = skipped or subspace.gradient() is None
+            if dropped and subspace.refresh_count > state["refresh_count"]:
+                subspace.load_state_dict(state)
+        self._before = {}
+        super().after_step(step)
+
+    def _skipped_steps(self) -> int:
+        return int(getattr(self.run.optimizer, "num_skipped_steps", 0))
 
     @contextmanager
     def around_micro_batch(self) -> Iterator[None]:
