@@ -20,8 +20,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.gpu.common import PartFile, Setting, parse
+from memrt.kernels.adalomo import adalomo_, adalomo_reference
 from memrt.kernels.adamw_int8 import adamw_int8, adamw_int8_reference
 from memrt.kernels.dynamic_map import dynamic_map, num_blocks
+from memrt.kernels.formed_gradient import add_channels_, channel_norms
+from memrt.kernels.gaussian_matrix import gaussian_matrix, matrix_key
 from memrt.kernels.linear_cross_entropy import linear_cross_entropy
 from memrt.kernels.lora import lora, lora_reference
 from memrt.kernels.projected_linear import projected_linear
@@ -200,6 +203,75 @@ def _lora(setting: Setting, dtype: torch.dtype, *, rank: int) -> dict[str, Any]:
     return _three(setting, dtype, inputs, of(lora), of(lora_reference))
 
 
+def _gaussian_matrix(setting: Setting) -> dict[str, Any]:
+    """The device's matrix against the CPU's: the same numbers, but for one element in 10^8."""
+    key = matrix_key(42, 0)
+    ours, truth = (
+        gaussian_matrix(1000, 701, key=key, std=1 / 3, device=device)
+        for device in (setting.device, torch.device("cpu"))
+    )
+    different = int((ours.cpu() != truth).sum())
+    error = _error(ours, truth.double())
+    passed = different <= 1 and error <= torch.finfo(torch.float32).eps
+    return {
+        "status": "passed" if passed else "failed",
+        "reason": None if passed else "numbers",
+        "errors": {"matrix": {"ours": error}},
+        "different_elements": different,
+    }
+
+
+def _apollo(setting: Setting, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """Norms by channel, and the weight after decay and a gradient scaled by channel."""
+    generator = torch.Generator().manual_seed(8)
+    given = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+    factors, left = torch.rand(max(shape), generator=generator), shape[0] < shape[1]
+
+    def plain(device: torch.device, kind: torch.dtype) -> dict[str, Tensor]:
+        weight, gradient = (tensor.to(device, kind) for tensor in given)
+        scale = factors.to(device, kind).unsqueeze(0 if left else 1)
+        return {
+            "norms": torch.linalg.vector_norm(gradient, dim=0 if left else 1),
+            "weight": 0.9 * weight - 0.5 * (gradient * scale),
+        }
+
+    weight, gradient = (tensor.to(setting.device, copy=True) for tensor in given)
+    norms = channel_norms(gradient, left=left)
+    moved = factors.to(setting.device)
+    add_channels_(weight, gradient, moved, alpha=-0.5, decay=0.9, left=left)
+    return _compare(
+        {"norms": norms, "weight": weight},
+        plain(setting.device, dtype),
+        plain(torch.device("cpu"), torch.float64),
+        rounding=torch.finfo(dtype).eps / 2,
+    )
+
+
+def _adalomo(setting: Setting, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """A step of weight and factored second moment."""
+    generator = torch.Generator().manual_seed(9)
+    weight, gradient = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    moments = [torch.rand(size, generator=generator) + 0.1 for size in shape]
+    options = {"lr": 0.05, "weight_decay": 0.1, "eps": (1e-30, 1e-3), "clip_threshold": 0.8}
+
+    def stepped(step: Any, device: torch.device, kind: torch.dtype | None) -> dict[str, Tensor]:
+        narrow = [tensor.to(device, kind or dtype, copy=True) for tensor in (weight, gradient)]
+        wide = [
+            tensor.to(device, kind or torch.float32, copy=True)
+            for tensor in (*moments, torch.tensor(0.3))
+        ]
+        step(*narrow, *wide, **options)
+        return {"weight": narrow[0], "row": wide[0], "column": wide[1]}
+
+    return _compare(
+        stepped(adalomo_, setting.device, None),
+        stepped(adalomo_reference, setting.device, None),
+        stepped(adalomo_reference, torch.device("cpu"), torch.float64),
+        # sums of some thousand numbers
+        rounding=4 * torch.finfo(torch.float32).eps,
+    )
+
+
 def _subspace(setting: Setting, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
     """R against the exact product with the basis; captured energy against the best basis'."""
     rank, tokens = 8, 96
@@ -329,6 +401,11 @@ def _cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
         for shape in ((64, 200), (200, 64)):
             label = f"subspace {shape[0]}x{shape[1]} {kind}"
             found[label] = partial(_subspace, setting, shape, dtype)
+        for shape in ((1000, 3001), (3001, 1000)):
+            size = f"{shape[0]}x{shape[1]} {kind}"
+            found[f"apollo {size}"] = partial(_apollo, setting, shape, dtype)
+            found[f"adalomo {size}"] = partial(_adalomo, setting, shape, dtype)
+    found["gaussian_matrix"] = partial(_gaussian_matrix, setting)
     return found
 
 
