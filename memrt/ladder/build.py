@@ -21,7 +21,15 @@ from memrt.ladder.attach import (
     turn,
     turning,
 )
-from memrt.ladder.prune import Cut, check_prunable, copy_hidden, copy_pruned, hidden_channels
+from memrt.ladder.fisher import Scores, fisher_scores
+from memrt.ladder.prune import (
+    Cut,
+    check_prunable,
+    copy_hidden,
+    copy_pruned,
+    hidden_channels,
+    linears,
+)
 from memrt.ladder.rung import EncoderEnd, Gate, Join, Rung, Stream, Tap, make_tap
 from memrt.ladder.shape import (
     Widths,
@@ -58,6 +66,8 @@ class Settings(Protocol):
     @property
     def init(self) -> str: ...
     @property
+    def probe_batches(self) -> int: ...
+    @property
     def checkpoint(self) -> bool: ...
     @property
     def seed(self) -> int: ...
@@ -80,15 +90,19 @@ class _Side:
     residual: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """Of which channels and by which scores the side's first weights are cut out."""
+
+    channels: Tensor
+    scores: Scores | None
+
+
 def build_ladder(run: Session, settings: Settings) -> list[nn.Module]:
     """Hang a side network below every stack; returns the modules that stay in evaluation mode."""
     model, structure = run.model, run.facts.structure
+    kept = _kept(run, settings)  # before anything of the side takes memory
     sides = [_side(run, stack, settings) for stack in structure.stacks]
-    channels = None
-    if prunes(run.facts, settings):
-        with torch.no_grad():
-            blocks = [layer for stack in structure.stacks for layer in stack.layers]
-            channels = hidden_channels(blocks, sides[0].cut)
     streams: list[Stream] = []
     quiet = []
     for index, (stack, side) in enumerate(zip(structure.stacks, sides, strict=True)):
@@ -96,7 +110,7 @@ def build_ladder(run: Session, settings: Settings) -> list[nn.Module]:
         stream.encoder = streams[0] if streams else None
         streams.append(stream)
         last = index == len(sides) - 1
-        quiet += _hang(run, stack, side, stream, settings, channels, joins=last)
+        quiet += _hang(run, stack, side, stream, settings, kept, joins=last)
     for name in modules_before_the_join(model, structure):
         module = model.get_submodule(name)
         kind: Any = type(module)
@@ -107,6 +121,24 @@ def build_ladder(run: Session, settings: Settings) -> list[nn.Module]:
     return quiet
 
 
+def _kept(run: Session, settings: Settings) -> _Kept | None:
+    """What the side keeps of the backbone; None when its first weights are random."""
+    if not prunes(run.facts, settings):
+        return None
+    stacks, scores = run.facts.structure.stacks, None
+    cuts = [_cut(run.model, stack, settings.reduction) for stack in stacks]
+    blocks = [layer for stack in stacks for layer in stack.layers]
+    if settings.init == "fisher":
+        weights = [
+            module
+            for stack, cut in zip(stacks, cuts, strict=True)
+            for module in linears(stack.layers, cut)
+        ]
+        scores = fisher_scores(run, blocks, weights, count=settings.probe_batches)
+    with torch.no_grad():
+        return _Kept(channels=hidden_channels(blocks, cuts[0], scores), scores=scores)
+
+
 def prunes(facts: Facts, settings: Settings) -> bool:
     """Whether the side's first weights are cut out; refuses what cannot be when it must."""
     if settings.init == "random":
@@ -115,7 +147,7 @@ def prunes(facts: Facts, settings: Settings) -> bool:
         for stack in facts.structure.stacks:
             check_prunable(stack.layers, _cut(facts.model, stack, settings.reduction))
     except ValueError as refused:
-        if settings.init == "magnitude":
+        if settings.init != "auto":
             raise
         logger.warning("ladder: the side network starts from random weights, for %s", refused)
         return False
@@ -184,16 +216,16 @@ def _hang(
     side: _Side,
     stream: Stream,
     settings: Settings,
-    channels: Tensor | None,
+    kept: _Kept | None,
     *,
     joins: bool,
 ) -> list[nn.Module]:
     rungs = [Rung(stream) for _ in stack.layers]
     with drawing(settings.seed, side.like):
-        _fill(stack, rungs, side, settings, channels)
+        _fill(stack, rungs, side, settings, kept)
         norm_name = final_norm(run.model, stack) if side.norm is not None else None
-        if norm_name is not None and side.norm is not None and channels is not None:
-            copy_hidden(run.model.get_submodule(norm_name), side.norm, channels)
+        if norm_name is not None and side.norm is not None and kept is not None:
+            copy_hidden(run.model.get_submodule(norm_name), side.norm, kept.channels)
         wide, narrow = side.cut.wide.hidden, side.cut.narrow.hidden
         end: Join | EncoderEnd = (
             Join(stream, wide, narrow, form=settings.start, norm=side.norm)
@@ -226,15 +258,15 @@ def _fill(
     rungs: list[Rung],
     side: _Side,
     settings: Settings,
-    channels: Tensor | None,
+    kept: _Kept | None,
 ) -> None:
     """Give the chosen rungs a tap, a gate and a block, and the first a stem."""
     wide, narrow = side.cut.wide.hidden, side.cut.narrow.hidden
 
     def tap() -> Tap:
         made = make_tap(settings.taps, wide, narrow, kept=settings.kept)
-        if channels is not None:
-            made.select(channels)
+        if kept is not None:
+            made.select(kept.channels)
         return made
 
     rungs[0].stem = tap()
@@ -248,9 +280,11 @@ def _fill(
             if hasattr(module, "layer_idx"):  # its place in the key-value cache
                 vars(module)["layer_idx"] = len(stack.layers) + position
         heads = None
-        if channels is not None:
+        if kept is not None:
             with torch.no_grad():
-                heads = copy_pruned(stack.layers[index], block, side.cut, channels)
+                heads = copy_pruned(
+                    stack.layers[index], block, side.cut, kept.channels, kept.scores
+                )
         rung.tap, rung.gate = tap(), Gate(settings.gate, narrow)
         rung.block, rung.residual = block, side.residual
         rung.checkpointed = settings.checkpoint

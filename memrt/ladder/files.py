@@ -38,13 +38,20 @@ def write_ladder(
 
     config = {
         "version": VERSION,
-        "ladder": settings,
+        "ladder": _without_data(settings),
         "model": type(model).__name__,
         "backbone": fingerprint(model, trained=trained),
     }
     tensors = {name: t.detach().contiguous() for name, t in side_tensors(model, trained)}
     save_file(tensors, folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_data(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings that build the ladder where no data is; the weights come from the file anyway."""
+    if settings.get("init") != "fisher":
+        return settings
+    return {k: v for k, v in settings.items() if k != "probe_batches"} | {"init": "random"}
 
 
 def side_tensors(model: nn.Module, trained: Collection[str]) -> Iterator[tuple[str, Tensor]]:

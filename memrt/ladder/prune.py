@@ -5,7 +5,8 @@ a weight have *roles*: hidden channels, query heads, key-value heads, neurons. O
 channels serves the whole model, so that a channel of the side's residual stream means one channel
 of the backbone's in every layer; heads and neurons are chosen layer by layer, whole heads within
 whole key-value groups, gate, up and down projection together. The score of a channel, head or
-neuron is the L1 norm of what would be kept of it, each weight's norms divided by their sum.
+neuron is the L1 norm of what would be kept of it, or of its Fisher information
+(`memrt.ladder.fisher`), each weight's norms divided by their sum.
 
 LST (arXiv 2206.06522, the magnitude variant of its appendix) chooses rows operator by operator and
 cuts across heads; here the residual stream and the heads stay consistent.
@@ -14,14 +15,15 @@ cuts across heads; here the residual stream and the heads stay consistent.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from memrt.ladder.fisher import Scores
 from memrt.ladder.shape import Widths
 
-__all__ = ["Cut", "check_prunable", "copy_hidden", "copy_pruned", "hidden_channels"]
+__all__ = ["Cut", "check_prunable", "copy_hidden", "copy_pruned", "hidden_channels", "linears"]
 
 _HIDDEN, _NEURON, _QUERY, _KEY, _FUSED, _INTERLEAVED, _GATED, _HEAD_DIM = (
     "hidden",
@@ -55,6 +57,7 @@ class _Weight:
     module: nn.Module
     out_role: str
     in_role: str
+    scored: tuple[Tensor, Tensor] | None = None
 
     def dense(self) -> Tensor:
         """[out, in]."""
@@ -62,11 +65,14 @@ class _Weight:
         return weight.t() if _is_transposed(self.module) else weight
 
     def norms(self, axis: int) -> Tensor:
-        """L1 norms along the other axis, with a sum of one; fp32 or wider."""
-        dense = self.dense()
-        dtype = torch.promote_types(dense.dtype, torch.float32)
-        found: Tensor = torch.linalg.vector_norm(dense, 1, dim=1 - axis, dtype=dtype)
-        return found / found.sum().clamp_(min=torch.finfo(dtype).tiny)
+        """Scores, or L1 norms, along the other axis, with a sum of one; fp32 or wider."""
+        if self.scored is None:
+            dense = self.dense()
+            dtype = torch.promote_types(dense.dtype, torch.float32)
+            found: Tensor = torch.linalg.vector_norm(dense, 1, dim=1 - axis, dtype=dtype)
+        else:
+            found = self.scored[axis]
+        return found / found.sum().clamp_(min=torch.finfo(found.dtype).tiny)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,7 +112,12 @@ def _attention_group(name: str) -> str | None:
     return None
 
 
-def _roles(block: nn.Module, wide: Widths) -> _Roles:
+def linears(blocks: Sequence[nn.Module], cut: Cut) -> list[nn.Module]:
+    """The modules of these blocks' linear weights."""
+    return [weight.module for block in blocks for weight in _roles(block, cut.wide).weights]
+
+
+def _roles(block: nn.Module, wide: Widths, scores: Scores | None = None) -> _Roles:
     """What every axis of every linear weight of a block is."""
     found = _Roles()
     linears = [(name, m) for name, m in block.named_modules() if _is_linear(m)]
@@ -115,6 +126,8 @@ def _roles(block: nn.Module, wide: Widths) -> _Roles:
         grouped.setdefault(_attention_group(name) or "mlp", []).append((name, module))
     for group, members in grouped.items():
         weights = list(_mlp(members, wide) if group == "mlp" else _attention(members, wide))
+        if scores is not None:
+            weights = [replace(weight, scored=scores[weight.module]) for weight in weights]
         found.weights.extend(weights)
         found.groups[group] = weights
     return found
@@ -216,11 +229,11 @@ def _is_known_vector(name: str, parameter: Tensor, cut: Cut) -> bool:
 # ---------------------------------------------------------------- which to keep
 
 
-def hidden_channels(blocks: Sequence[nn.Module], cut: Cut) -> Tensor:
+def hidden_channels(blocks: Sequence[nn.Module], cut: Cut, scores: Scores | None = None) -> Tensor:
     """The hidden channels that the side keeps, in order: one set for all blocks."""
     score: Tensor | None = None
     for block in blocks:
-        for weight in _roles(block, cut.wide).weights:
+        for weight in _roles(block, cut.wide, scores).weights:
             for axis, role in enumerate((weight.out_role, weight.in_role)):
                 if role == _HIDDEN:
                     norms = weight.norms(axis)
@@ -322,9 +335,11 @@ def _sets_of(
 # ---------------------------------------------------------------- copying
 
 
-def copy_pruned(source: nn.Module, target: nn.Module, cut: Cut, channels: Tensor) -> Tensor | None:
+def copy_pruned(
+    source: nn.Module, target: nn.Module, cut: Cut, channels: Tensor, scores: Scores | None = None
+) -> Tensor | None:
     """Fill a side block from its backbone block; returns the query heads of its self-attention."""
-    roles = _roles(source, cut.wide)
+    roles = _roles(source, cut.wide, scores)
     modules = dict(target.named_modules())
     sets: dict[str, dict[str, Tensor]] = {}
     for group, weights in roles.groups.items():

@@ -16,6 +16,9 @@ and "selected" taps nothing; the side's blocks keep about 19 side, with `checkpo
 by about 1/reduction² of the blocks' and reduction-fold narrower taps. A step costs a forward of the
 backbone and about 3/reduction² more.
 
+With `init="fisher"` the side's first weights are chosen on data before the first step, which takes
+what a batch takes with every block checkpointed: see `memrt.ladder.fisher`.
+
 LST: Sung et al. 2022, arXiv 2206.06522. QST, with `nf4`: Zhang et al. 2024, arXiv 2401.07159.
 """
 
@@ -47,7 +50,7 @@ __all__ = ["Ladder"]
 TAPS = ("linear", "low_rank", "pooled", "selected")
 GATES = ("scalar", "vector")
 STARTS = ("exact", "lst", "qst")
-INITS = ("auto", "magnitude", "random")
+INITS = ("auto", "magnitude", "fisher", "random")
 HEADS = ("auto", "frozen", "trained")
 
 
@@ -61,8 +64,11 @@ class Ladder(Strategy):
     kept: how a linear or low-rank tap keeps the hidden state: "exact" or "float8".
     gate: "scalar" (one number a rung, as LST) or "vector" (one a channel, as QST).
     start: "exact" (the backbone's own function), "lst" or "qst" (the papers').
-    init: the side's first weights: "magnitude" (cut out of the backbone's), "random", or "auto"
-        (cut out where pruning knows every weight of the blocks; experts it does not).
+    init: the side's first weights: "magnitude" (cut out of the backbone's, the largest), "fisher"
+        (those that the loss on a probe set depends on most; needs `probe_dataset` of the Trainer or
+        `probe_batches` of `memrt.prepare`), "random", or "auto" ("magnitude" where pruning knows
+        every weight of the blocks; experts it does not).
+    probe_batches: how many batches of the probe set "fisher" looks at.
     every: a rung after every n-th block; `layers` names them instead, from 0.
     checkpoint: run the side's blocks again in backward instead of keeping their activations.
     head: what trains behind the join: "auto" (all of it without a language-model head, else
@@ -86,6 +92,7 @@ class Ladder(Strategy):
     gate: str = "scalar"
     start: str = "exact"
     init: str = "auto"
+    probe_batches: int = 8
     every: int = 1
     layers: tuple[int, ...] = ()
     checkpoint: bool = False
@@ -93,7 +100,7 @@ class Ladder(Strategy):
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for option in ("reduction", "every"):
+        for option in ("reduction", "every", "probe_batches"):
             value = getattr(self, option)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{option}={value!r}: must be a whole number, 1 or more")
@@ -113,6 +120,11 @@ class Ladder(Strategy):
             raise ValueError(f"checkpoint={self.checkpoint!r}: must be True or False")
         if self.kept != "exact" and self.taps in ("pooled", "selected"):
             raise ValueError(f"kept={self.kept!r}: taps={self.taps!r} keep nothing; leave kept out")
+        if self.probe_batches != 8 and self.init != "fisher":
+            raise ValueError(
+                f"probe_batches={self.probe_batches}: init={self.init!r} looks at no data; use "
+                "init='fisher', or leave probe_batches out"
+            )
         self._check_layers()
 
     def _check_layers(self) -> None:
@@ -149,7 +161,7 @@ class Ladder(Strategy):
             )
         for stack in stacks:
             self._check_stack(facts, stack)
-        if self.init == "magnitude":
+        if self.init in ("magnitude", "fisher"):
             prunes(facts, self)
         if self.head == "trained" and not _behind(facts):
             raise ValueError(f"head='trained': {kind} has nothing behind the join that could train")
