@@ -96,6 +96,11 @@ def _lora_backward(
     return 2 * int(a.shape[0]) * ((2 + needs_x) * x.numel() + 2 * gradient.numel())
 
 
+def _gradient_times(_: Tensor, a: Tensor, b: Tensor, matrix: Tensor) -> int:
+    """B M [tokens, k] for M [b, k], and Aᵀ by it."""
+    return 2 * (a.numel() + b.numel()) * int(matrix.shape[1])
+
+
 _FORMULAS: dict[str, Formula] = {
     "aten::_grouped_mm": _grouped,
     "aten::_linalg_eigh": _eigh,
@@ -111,9 +116,11 @@ _FORMULAS: dict[str, Formula] = {
     "aten::linalg_qr": _qr,
     "aten::mv": _matmul,
     "aten::vdot": _matmul,
+    "memrt::add_gradient_times": _gradient_times,
     "memrt::ladder_down": _ladder_down,
     "memrt::lora": _lora,
     "memrt::lora_backward": _lora_backward,
+    "memrt::projected_update": _added_matmul,
 }
 """What torch's registry lacks."""
 
