@@ -8,8 +8,10 @@ holds (the output's gradient and the input):
     ‖G‖² = Σ_ij (AAᵀ)_ij (BBᵀ)_ij: tokens² · (a + b) operations by symmetry, or the sum over tiles
                     of G, 2 · tokens · a · b; the cheaper of the two is taken
 
-All arithmetic is fp32, whatever the dtype of the factors: low-precision factors are cast a few
-tokens at a time. Bytes: the result, and at most 4 · BLOCK_ELEMENTS (``mixed_precision``).
+All arithmetic is fp32, whatever the dtype of the factors. Bytes: the result, and for a piece of the
+tokens B M in fp32, tokens · k · 4; where PyTorch computes it, beside that a factor of another dtype
+in fp32, tokens · (a or b) · 4: in all at most 4 · BLOCK_ELEMENTS, or an eighth of it for all tokens
+(``mixed_precision``). Triton reads factors as they are.
 
 Source of the norm: Goodfellow, "Efficient Per-Example Gradient Computations" (arXiv 1510.01799).
 """
@@ -23,9 +25,21 @@ import torch
 from torch import Tensor
 
 from memrt.kernels import mixed_precision
+from memrt.kernels.dispatch import uses_triton
 from memrt.kernels.mixed_precision import block_rows
+from memrt.profiling.ledger import register_workspace
 
-__all__ = ["add_gradient_times_", "gradient_squared_norm", "gradient_times"]
+__all__ = [
+    "add_gradient_times_",
+    "gradient_squared_norm",
+    "gradient_times",
+    "gradient_times_reference",
+]
+
+
+def gradient_times_reference(a: Tensor, b: Tensor, matrix: Tensor) -> Tensor:
+    """G M of the formula at the top of this file in plain PyTorch. For reading and for tests."""
+    return (a.to(matrix.dtype).t() @ b.to(matrix.dtype)) @ matrix  # [a columns, k]
 
 
 def gradient_times(a: Tensor, b: Tensor, matrix: Tensor) -> Tensor:
@@ -37,8 +51,58 @@ def gradient_times(a: Tensor, b: Tensor, matrix: Tensor) -> Tensor:
 
 def add_gradient_times_(total: Tensor, a: Tensor, b: Tensor, matrix: Tensor) -> None:
     """Add (aᵀ b) @ matrix to the fp32 ``total`` [a columns, k], which may be a transposed view."""
-    for piece_a, piece_b in _pieces(a, b, row_elements=matrix.shape[1]):
-        total.addmm_(piece_a.t(), piece_b @ matrix)
+    _add_gradient_times(total, a, b, matrix)
+
+
+@torch.library.custom_op("memrt::add_gradient_times", mutates_args=("total",))
+def _add_gradient_times(total: Tensor, a: Tensor, b: Tensor, matrix: Tensor) -> None:
+    _check(total, a, b, matrix)
+    rows = _piece_tokens(total, a, b, matrix)
+    if uses_triton(total):
+        from memrt.kernels._triton.gradient_products import launch
+
+        launch(total, a, b, matrix, rows)
+        return
+    for piece_a, piece_b in zip(torch.split(a, rows), torch.split(b, rows), strict=True):
+        product = piece_b.float() @ matrix  # a wide piece of b is gone before one of a exists
+        total.addmm_(piece_a.float().t(), product)
+        del product
+
+
+@_add_gradient_times.register_fake
+def _(total: Tensor, a: Tensor, b: Tensor, matrix: Tensor) -> None:
+    _check(total, a, b, matrix)
+
+
+def _check(total: Tensor, a: Tensor, b: Tensor, matrix: Tensor) -> None:
+    wanted = [(a.shape[1], matrix.shape[1]), (b.shape[0], a.shape[1]), (b.shape[0], len(matrix))]
+    given = [tuple(x.shape) for x in (total, a, b)]
+    if given != wanted:
+        raise ValueError(
+            f"total, a and b are {given} and the matrix {tuple(matrix.shape)}: give [i, k], "
+            "[tokens, i], [tokens, j] and [j, k]"
+        )
+    if total.dtype != torch.float32 or matrix.dtype != torch.float32:
+        raise ValueError(f"total and matrix are {total.dtype} and {matrix.dtype}: give fp32")
+
+
+def _piece_elements(total: Tensor, a: Tensor, b: Tensor, matrix: Tensor) -> int:
+    """The fp32 elements that are made of a token at a time."""
+    narrow = [] if uses_triton(total) else [x for x in (a, b) if x.dtype != torch.float32]
+    return int(matrix.shape[1]) + max((int(x.shape[1]) for x in narrow), default=0)
+
+
+def _piece_tokens(total: Tensor, a: Tensor, b: Tensor, matrix: Tensor) -> int:
+    return block_rows(_piece_elements(total, a, b, matrix), a.shape[0])
+
+
+def workspace_bytes(total: Tensor, a: Tensor, b: Tensor, matrix: Tensor) -> int:
+    """The most bytes of temporaries that are alive at once inside the operator."""
+    rows = min(_piece_tokens(total, a, b, matrix), a.shape[0])
+    return 4 * rows * _piece_elements(total, a, b, matrix)
+
+
+register_workspace("memrt::add_gradient_times", workspace_bytes)
 
 
 def gradient_squared_norm(a: Tensor, b: Tensor) -> Tensor:
@@ -67,20 +131,20 @@ def _squared_norm_of_tiles(a: Tensor, b: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float32, device=a.device)
     for columns in torch.split(a, block_rows(2 * b.shape[1], a.shape[1]), dim=1):
         tile = torch.zeros(columns.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
-        for piece_a, piece_b in _pieces(columns, b, row_elements=0):
+        for piece_a, piece_b in _pieces(columns, b):
             tile.addmm_(piece_a.t(), piece_b)
         total += torch.linalg.vector_norm(tile).square()
         del tile
     return total
 
 
-def _pieces(a: Tensor, b: Tensor, *, row_elements: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the factors in fp32, so many tokens at a time that casts and products stay bounded.
+def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the factors in fp32, so many tokens at a time that casts stay bounded.
 
-    ``row_elements`` are the elements that the caller makes of a token; fp32 factors are not copied.
+    fp32 factors are not copied.
     """
-    if a.dtype != torch.float32 or b.dtype != torch.float32:
-        row_elements += a.shape[1] + b.shape[1]
-    rows = block_rows(2 * row_elements, a.shape[0]) if row_elements else max(1, a.shape[0])
+    narrow = a.dtype != torch.float32 or b.dtype != torch.float32
+    width = a.shape[1] + b.shape[1]
+    rows = block_rows(2 * width, a.shape[0]) if narrow else max(1, a.shape[0])
     for start in range(0, a.shape[0], rows):
         yield a[start : start + rows].float(), b[start : start + rows].float()

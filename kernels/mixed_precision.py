@@ -1,9 +1,9 @@
 """Products and sums of low-precision tensors that end in fp32, with bounded temporaries.
 
-PyTorch's in-place operators want one dtype: a bf16 product cannot be added into an fp32 sum, an
-fp32 one into a bf16 weight, nor a bf16 gradient be multiplied by an fp32 number, without a
-full-size copy or a rounded factor. Here they go piece by piece: a temporary has at most
-BLOCK_ELEMENTS elements (128 MiB in fp32) or an eighth of what it stands for, whichever is more.
+PyTorch's in-place operators want one dtype: a bf16 product cannot be added into an fp32 sum, nor a
+bf16 gradient be multiplied by an fp32 number, without a full-size copy or a rounded factor. Here
+they go piece by piece: a temporary has at most BLOCK_ELEMENTS elements (128 MiB in fp32) or an
+eighth of what it stands for, whichever is more.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_ELEMENTS", "add_matmul_", "add_product_", "block_rows", "product_dtype", "scaled"]
+__all__ = ["BLOCK_ELEMENTS", "add_product_", "block_rows", "product_dtype", "scaled"]
 
 # A bound on workspace, not tuned: large enough for a GPU to be busy, small beside any vocabulary.
 BLOCK_ELEMENTS = 2**25
@@ -41,21 +41,6 @@ def add_product_(total: Tensor, rows: Tensor, columns: Tensor) -> None:
     tiles = zip(torch.split(total, tile_rows), torch.split(rows, tile_rows, dim=1), strict=True)
     for tile, row_tile in tiles:
         tile.add_(torch.mm(row_tile.t(), columns))
-
-
-def add_matmul_(total: Tensor, left: Tensor, right: Tensor, *, alpha: float) -> None:
-    """Add alpha · left @ right to ``total`` in fp32 (float64 for float64), rounded to the nearest.
-
-    fp32 totals need no temporary; narrower ones are widened a few rows at a time.
-    """
-    dtype = torch.promote_types(total.dtype, torch.float32)
-    left, right = left.to(dtype), right.to(dtype)
-    if total.dtype == dtype:
-        total.addmm_(left, right, alpha=alpha)
-        return
-    rows = block_rows(total.shape[1], total.shape[0])
-    for piece, left_piece in zip(torch.split(total, rows), torch.split(left, rows), strict=True):
-        piece.copy_(piece.to(dtype).addmm_(left_piece, right, alpha=alpha))
 
 
 def scaled(

@@ -11,7 +11,7 @@ fraction of the time, with signs aligned to the old basis.
 
 Bytes: the basis, 4 · s · r. Workspace of a refresh: "svd" 4 · (2 m n + s² + s n) (G is copied to be
 fp32 and finite); "gram" 4 · 4 s² and a bounded piece of G. Otherwise that of ``formed_gradient``
-and, for narrow weights, of ``mixed_precision.add_matmul_``.
+and, for narrow weights on the CPU, of ``projected_update``.
 
 Source: Zhao et al., GaLore (arXiv 2403.03507).
 """
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from memrt.kernels.formed_gradient import gram
-from memrt.kernels.mixed_precision import add_matmul_
+from memrt.kernels.projected_update import ScaledAddend, projected_update_
+from memrt.kernels.stochastic_rounding import Rounding
 from memrt.optimizers.basis import BasisFormat, MovingBasis
 from memrt.optimizers.formed_projection import FormedProjection
 
@@ -125,6 +126,17 @@ class FormedSubspace(FormedProjection):
             raise RuntimeError("there is no basis yet: call begin_step() before the step")
         return projector
 
+    def _write(
+        self,
+        weight: Tensor,
+        direction: Tensor,
+        *,
+        decay: float,
+        rounding: Rounding | None,
+        **given: Any,
+    ) -> None:
+        self._update(weight, direction, decay=decay, rounding=rounding, **given)
+
     def _update(
         self,
         weight: Tensor,
@@ -134,14 +146,28 @@ class FormedSubspace(FormedProjection):
         gradient: Tensor,
         lr: float,
         correction: Tensor | float,
+        decay: float = 1.0,
+        rounding: Rounding | None = None,
     ) -> None:
-        self._lift(weight, direction, alpha=-lr * self._scale)
+        alpha = -lr * self._scale
+        self._lift(weight, direction, alpha=alpha, decay=decay, rounding=rounding)
 
-    def _lift(self, weight: Tensor, direction: Tensor, *, alpha: float) -> None:
+    def _lift(
+        self,
+        weight: Tensor,
+        direction: Tensor,
+        *,
+        alpha: float,
+        decay: float,
+        rounding: Rounding | None,
+        addend: ScaledAddend | None = None,
+    ) -> None:
         basis = self._basis.matrix()
         assert basis is not None
         left, right = (basis, direction) if self.is_left else (direction, basis.t())
-        add_matmul_(weight, left, right, alpha=alpha)
+        projected_update_(
+            weight, left, right, alpha=alpha, decay=decay, addend=addend, rounding=rounding
+        )
 
     def forget(self) -> None:
         """Free the basis, as when the weight stops training; its next gradient finds one."""

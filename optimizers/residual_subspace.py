@@ -12,8 +12,8 @@ comparing norms without AdamW's bias correction, as the authors' code does. Thei
 G - scale · P R for E, which leaves (1 - scale) of R in it; here E is the paper's, orthogonal to P.
 
 E is never formed: with K = scale · N - residual_scale · phi R (channel by channel, over R in place)
-the step is W - lr · P K - lr · residual_scale · phi G, and ‖E_j‖² = ‖G_j‖² - ‖R_j‖². A narrow
-weight that is not rounded stochastically is thus rounded twice.
+the step is W - lr · P K - lr · residual_scale · phi G, made in one pass over W and G
+(``projected_update``), and ‖E_j‖² = ‖G_j‖² - ‖R_j‖².
 
 Bytes: the basis, 4 · s · r, and 4 for a norm; a step's R takes 4 · l · r.
 
@@ -27,7 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memrt.kernels.formed_gradient import add_channels_, by_channel, channel_norms
+from memrt.kernels.formed_gradient import by_channel, channel_norms
+from memrt.kernels.projected_update import ScaledAddend
+from memrt.kernels.stochastic_rounding import Rounding
 from memrt.optimizers.formed_subspace import FormedSubspace
 from memrt.optimizers.norm_growth import NormGrowthLimiter
 from memrt.optimizers.scaled_gradient import scaling
@@ -66,6 +68,8 @@ class ResidualSubspace(FormedSubspace):
         gradient: Tensor,
         lr: float,
         correction: Tensor | float,
+        decay: float = 1.0,
+        rounding: Rounding | None = None,
     ) -> None:
         left, channels = self.is_left, by_channel(gradient, left=self.is_left)
         factors = scaling(direction, gradient, granularity="channel", left=left)
@@ -75,8 +79,14 @@ class ResidualSubspace(FormedSubspace):
         norm = torch.linalg.vector_norm(norms * factors)
         factors.mul_(self._limiter.factor(norm / correction)).mul_(self._residual_scale)
         channels.mul_(factors[:, None].neg())
-        self._lift(weight, gradient.add_(direction, alpha=self._scale), alpha=-lr)
-        add_channels_(weight, formed, factors, alpha=-lr, left=left)
+        self._lift(
+            weight,
+            gradient.add_(direction, alpha=self._scale),
+            alpha=-lr,
+            decay=decay,
+            rounding=rounding,
+            addend=ScaledAddend(formed, factors, alpha=-lr, by_column=left),
+        )
 
     def forget(self) -> None:
         """Free basis and norm, as when the weight stops training."""

@@ -13,8 +13,8 @@ diag(P_newᵀ P_old) >= 0, for the moments are kept.
 
 Bytes, with s = min(m, n) and l = max(m, n): the basis, s · r · 4 (or less: ``basis.py``), and R,
 l · r · 4, from a step's first gradient until ``clear()``; dW would be m · n · 4 (or 2). Workspace:
-that of ``memrt.optimizers.range_finder`` at a refresh, with k = r + 8, and of
-``gradient_products``.
+that of ``memrt.optimizers.range_finder`` at a refresh, with k = r + 8, of ``gradient_products``
+and of ``projected_update``.
 
 Source: Zhao et al., GaLore (arXiv 2403.03507), with the products reordered. For its exact SVD come
 iterations that capture .998 of the energy where singular values are i^-1/2, more where they fall
@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from memrt.kernels.gradient_products import add_gradient_times_, gradient_squared_norm
-from memrt.kernels.mixed_precision import add_matmul_
+from memrt.kernels.projected_update import projected_update_
+from memrt.kernels.stochastic_rounding import Rounding
 from memrt.optimizers.basis import BasisFormat, MovingBasis
 from memrt.optimizers.range_finder import leading_basis
 
@@ -201,10 +202,18 @@ class Subspace:
         self._basis.forget()
 
     @torch.no_grad()
-    def apply(self, weight: Tensor, direction: Tensor, *, lr: float) -> None:
-        """In place: weight <- weight - lr * scale * lift(direction).
+    def apply(
+        self,
+        weight: Tensor,
+        direction: Tensor,
+        *,
+        lr: float,
+        decay: float = 1.0,
+        rounding: Rounding | None = None,
+    ) -> None:
+        """In place: weight <- decay * weight - lr * scale * lift(direction), rounded once.
 
-        Narrow weights are rounded to the nearest: to round stochastically, pass an fp32 copy.
+        ``rounding`` is for bf16 weights; without it they are rounded to the nearest.
         """
         given = (tuple(weight.shape), tuple(direction.shape))
         if given != (self.weight_shape, self.shape):
@@ -216,7 +225,9 @@ class Subspace:
             raise RuntimeError("there is no basis yet: nothing was accumulated")
         left, right = (basis, direction) if self.side == "left" else (direction, basis.t())
         with torch.autocast(weight.device.type, enabled=False):
-            add_matmul_(weight, left, right, alpha=-lr * self._scale)
+            projected_update_(
+                weight, left, right, alpha=-lr * self._scale, decay=decay, rounding=rounding
+            )
 
     def set_basis(self, basis: Tensor, *, frozen: bool = True) -> None:
         """Put in a basis [s, k], which sets the rank to k; frozen, it is never refreshed."""

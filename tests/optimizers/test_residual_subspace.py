@@ -10,7 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from memrt.kernels import mixed_precision, projected_update
+from memrt.kernels.stochastic_rounding import Rounding, stochastic_copy_
+from memrt.optimizers.formed_subspace import FormedSubspace
 from memrt.optimizers.residual_subspace import ResidualSubspace
+from tests.kernels.live_bytes import LiveBytes
 from tests.optimizers.test_formed_subspace import (
     SETTINGS,
     gradient_of,
@@ -88,8 +92,6 @@ def test_it_is_the_papers_equations(
 def test_a_gradient_inside_the_subspace_leaves_nothing_but_galores_step(
     shape: tuple[int, int],
 ) -> None:
-    from memrt.optimizers.formed_subspace import FormedSubspace
-
     ours, plain = parameter(shape), parameter(shape)
     other = FormedSubspace(shape, rank=5, every=3, scale=0.25)
     projections = (make(shape), other)
@@ -148,3 +150,43 @@ def test_what_is_held_is_a_basis_and_a_norm_and_both_are_forgotten() -> None:
         make((24, 40), residual_scale=0.0)
     with pytest.raises(ValueError, match="columns that are orthonormal"):
         make((24, 40), basis="bfloat16")
+
+
+@each_shape
+@pytest.mark.parametrize("kind", [FormedSubspace, ResidualSubspace])
+def test_a_bf16_weight_gets_the_bits_of_an_fp32_copy_that_is_rounded_at_the_end(
+    shape: tuple[int, int], kind: type[FormedSubspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projected_update, "PIECE_ELEMENTS", 100)
+    way = Rounding((1234, 5678), torch.tensor(3.0))
+    expected, narrow = (parameter(shape, torch.bfloat16).detach() for _ in range(2))
+    nearest, wide = narrow.clone(), narrow.float()
+    for weight, rounding in ((wide, None), (narrow, way), (nearest, None)):
+        projection = kind(shape, rank=5, every=3)
+        projection.begin_step(0)
+        projection.receive(gradient_of(shape, 0, torch.bfloat16))
+        gradient = projection.gradient()
+        assert gradient is not None
+        direction = torch.tanh(gradient)
+        projection.apply(weight, direction, lr=0.01, decay=0.9, rounding=rounding)
+    stochastic_copy_(expected, wide, rounding=way)
+    assert torch.equal(narrow, expected)
+    assert torch.equal(nearest, wide.bfloat16())
+    assert not torch.equal(narrow, nearest)
+
+
+@pytest.mark.parametrize("shape", [(16, 4096), (4096, 16)])
+@pytest.mark.parametrize("kind", [FormedSubspace, ResidualSubspace])
+def test_a_bf16_weight_is_not_copied(
+    shape: tuple[int, int], kind: type[FormedSubspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is alive in a step are some numbers a channel, and a piece of the gradient for R."""
+    monkeypatch.setattr(mixed_precision, "BLOCK_ELEMENTS", 4096)
+    weight, projection = parameter(shape, torch.bfloat16), kind(shape, rank=1, every=9)
+    optimizer = optimizer_of(weight, projection)
+    train(weight, projection, optimizer, range(2))
+    projection.begin_step(2)
+    weight.grad = gradient_of(shape, 2, torch.bfloat16)
+    with LiveBytes([weight, weight.grad]) as live:
+        optimizer.step()
+    assert 0 < live.peak_bytes <= 4 * 4096 * 10 < 4 * weight.numel()

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from memrt.kernels import mixed_precision
+from memrt.kernels import projected_update
+from memrt.kernels.stochastic_rounding import Rounding, stochastic_copy_
 from memrt.optimizers.subspace import Subspace
+from tests.kernels.live_bytes import LiveBytes
 
 TOKENS, RANK = 160, 6
 SHAPES = [(32, 48), (48, 32), (32, 32), (17, 101), (101, 17), (7, 8)]
@@ -202,7 +204,7 @@ def test_an_update_lies_in_the_basis(shape: tuple[int, int]) -> None:
 def test_narrow_weights_are_updated_in_fp32_and_rounded_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(mixed_precision, "BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr(projected_update, "PIECE_ELEMENTS", 100)
     for shape in SHAPES:
         subspace = make(shape)
         subspace.begin_step(0)
@@ -213,6 +215,29 @@ def test_narrow_weights_are_updated_in_fp32_and_rounded_once(
         subspace.apply(wide, direction, lr=0.1)
         subspace.apply(narrow, direction, lr=0.1)
         assert torch.equal(narrow, wide.bfloat16())
+
+
+def test_decay_and_stochastic_rounding_need_no_copy_of_the_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bits of an fp32 copy that is decayed, stepped and rounded at the end."""
+    monkeypatch.setattr(projected_update, "PIECE_ELEMENTS", 100)
+    way = Rounding((1234, 5678), torch.tensor(3.0))
+    for shape in SHAPES:
+        subspace = make(shape)
+        subspace.begin_step(0)
+        subspace.accumulate(*factors(shape))
+        wide = torch.randn(shape).bfloat16().float()
+        narrow, expected = wide.bfloat16(), wide.bfloat16()
+        direction = torch.randn(subspace.shape)
+        wide.mul_(0.9)
+        subspace.apply(wide, direction, lr=0.1)
+        stochastic_copy_(expected, wide, rounding=way)
+        with LiveBytes([narrow, direction, way.step, basis_of(subspace)]) as live:
+            subspace.apply(narrow, direction, lr=0.1, decay=0.9, rounding=way)
+        assert torch.equal(narrow, expected)
+        assert not torch.equal(narrow, wide.bfloat16())
+        assert live.peak_bytes == 0
 
 
 def test_refreshes_come_at_step_zero_and_then_every_interval_from_the_offset() -> None:
