@@ -14,12 +14,11 @@ moments have R's shape, decay stays on W, and the projection lifts N (see `proje
 Bytes of state: `float32` 8 an element, `fp8` 2.08, `int8` 2.03 (`memrt.optimizers.state_formats`),
 of the projected shape where there is a projection; never bf16. Temporaries: none for fp32
 parameters; fp32 copies of a bounded piece for others; for a projected weight 4 bytes an element of
-R, what the projection needs, and for a bf16 one that is rounded stochastically its fp32 copy (not
-where the gradient itself is scaled).
+R, and what the projection needs.
 
 bf16 weights are rounded once a step, stochastically (`memrt.kernels.stochastic_rounding`): to the
 nearest, updates and decay below 2^-9 of a weight are lost. `stochastic_rounding=False` turns that
-off; a weight that is decayed and then moved by a lifted N is then rounded twice.
+off.
 
 A step with a gradient that is not finite is left out whole and counted (`num_skipped_steps`):
 weights, moments and step counters stay. On CUDA the check waits for the gradients, once a step.
@@ -38,7 +37,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from memrt.kernels.finite import all_finite
-from memrt.kernels.stochastic_rounding import Rounding, rounding_key, stochastic_copy_
+from memrt.kernels.stochastic_rounding import Rounding, rounding_key
 from memrt.optimizers.formed_projection import FormedProjection
 from memrt.optimizers.parameter_groups import check_group, check_storages
 from memrt.optimizers.projection import Projection
@@ -201,22 +200,10 @@ class AdamW(torch.optim.Optimizer):
         key = self._rounding_key(weight, group)
         rounding = None if key is None else Rounding(key, state["step"])
         decay = 1 - settings.lr * settings.weight_decay
+        options: dict[str, Any] = {"lr": settings.lr, "decay": decay, "rounding": rounding}
         if isinstance(projection, FormedProjection):
-            projection.apply(
-                weight,
-                direction.neg_(),
-                lr=settings.lr,
-                correction=_bias_correction(state["step"], settings),
-                decay=decay,
-                rounding=rounding,
-            )
-            return
-        total: Tensor = weight if rounding is None else weight.float()  # rounded once, at the end
-        if decay != 1.0:
-            total.mul_(decay)
-        projection.apply(total, direction.neg_(), lr=settings.lr)
-        if rounding is not None:
-            stochastic_copy_(weight, total, rounding=rounding)
+            options["correction"] = _bias_correction(state["step"], settings)
+        projection.apply(weight, direction.neg_(), **options)
 
     def _rounding_key(
         self, parameter: nn.Parameter, group: dict[str, Any]

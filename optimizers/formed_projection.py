@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from memrt.kernels.formed_gradient import project_gradient
-from memrt.kernels.stochastic_rounding import Rounding, stochastic_copy_
+from memrt.kernels.stochastic_rounding import Rounding
 
 __all__ = ["FormedProjection"]
 
@@ -99,7 +99,7 @@ class FormedProjection(ABC):
         formed, gradient = self._formed, self._gradient
         self.clear()
         with torch.autocast(weight.device.type, enabled=False):
-            self._write(
+            self._update(
                 weight,
                 direction,
                 formed=formed,
@@ -109,23 +109,6 @@ class FormedProjection(ABC):
                 decay=decay,
                 rounding=rounding,
             )
-
-    def _write(
-        self,
-        weight: Tensor,
-        direction: Tensor,
-        *,
-        decay: float,
-        rounding: Rounding | None,
-        **given: Any,
-    ) -> None:
-        """Decay, update and rounding, which takes an fp32 copy of the weight."""
-        total = weight if rounding is None else weight.float()
-        if decay != 1.0:
-            total.mul_(decay)
-        self._update(total, direction, **given)
-        if rounding is not None:
-            stochastic_copy_(weight, total, rounding=rounding)
 
     @abstractmethod
     def _update(
@@ -137,8 +120,10 @@ class FormedProjection(ABC):
         gradient: Tensor,
         lr: float,
         correction: Tensor | float,
+        decay: float,
+        rounding: Rounding | None,
     ) -> None:
-        """Change the weight by N, G (``formed``) and R (``gradient``)."""
+        """Change the decayed weight by N, G (``formed``) and R (``gradient``); round it once."""
 
     def clear(self) -> None:
         """Let the step's gradients go."""

@@ -126,17 +126,6 @@ class FormedSubspace(FormedProjection):
             raise RuntimeError("there is no basis yet: call begin_step() before the step")
         return projector
 
-    def _write(
-        self,
-        weight: Tensor,
-        direction: Tensor,
-        *,
-        decay: float,
-        rounding: Rounding | None,
-        **given: Any,
-    ) -> None:
-        self._update(weight, direction, decay=decay, rounding=rounding, **given)
-
     def _update(
         self,
         weight: Tensor,
@@ -146,8 +135,8 @@ class FormedSubspace(FormedProjection):
         gradient: Tensor,
         lr: float,
         correction: Tensor | float,
-        decay: float = 1.0,
-        rounding: Rounding | None = None,
+        decay: float,
+        rounding: Rounding | None,
     ) -> None:
         alpha = -lr * self._scale
         self._lift(weight, direction, alpha=alpha, decay=decay, rounding=rounding)

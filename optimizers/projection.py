@@ -2,7 +2,7 @@
 
 A projected weight W [out, in] has no `.grad`. Its gradient arrives as R = project(dW), of the shape
 that the projection names; the update rule runs on R and on moments of that shape, and the direction
-N that it finds is lifted back:  W <- W - lr * scale * lift(N).
+N that it finds is lifted back:  W <- decay * W - lr * scale * lift(N), rounded once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from torch import Tensor
+
+from memrt.kernels.stochastic_rounding import Rounding
 
 __all__ = ["Projection"]
 
@@ -29,6 +31,17 @@ class Projection(Protocol):
         """
         ...
 
-    def apply(self, weight: Tensor, direction: Tensor, *, lr: float) -> None:
-        """In place: weight <- weight - lr * scale * lift(direction)."""
+    def apply(
+        self,
+        weight: Tensor,
+        direction: Tensor,
+        *,
+        lr: float,
+        decay: float = 1.0,
+        rounding: Rounding | None = None,
+    ) -> None:
+        """In place: weight <- decay * weight - lr * scale * lift(direction), rounded once.
+
+        rounding: how a bf16 weight is rounded, stochastically; None rounds to the nearest.
+        """
         ...

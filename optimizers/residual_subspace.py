@@ -68,8 +68,8 @@ class ResidualSubspace(FormedSubspace):
         gradient: Tensor,
         lr: float,
         correction: Tensor | float,
-        decay: float = 1.0,
-        rounding: Rounding | None = None,
+        decay: float,
+        rounding: Rounding | None,
     ) -> None:
         left, channels = self.is_left, by_channel(gradient, left=self.is_left)
         factors = scaling(direction, gradient, granularity="channel", left=left)

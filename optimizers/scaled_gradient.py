@@ -126,17 +126,6 @@ class ScaledGradient(FormedProjection):
             raise RuntimeError("nothing was drawn yet: call begin_step() before the step")
         return self.projector()
 
-    def _write(
-        self,
-        weight: Tensor,
-        direction: Tensor,
-        *,
-        decay: float,
-        rounding: Rounding | None,
-        **given: Any,
-    ) -> None:
-        self._update(weight, direction, decay=decay, rounding=rounding, **given)
-
     def _update(
         self,
         weight: Tensor,
@@ -146,8 +135,8 @@ class ScaledGradient(FormedProjection):
         gradient: Tensor,
         lr: float,
         correction: Tensor | float,
-        decay: float = 1.0,
-        rounding: Rounding | None = None,
+        decay: float,
+        rounding: Rounding | None,
     ) -> None:
         left = self.is_left
         factors = scaling(direction, gradient, granularity=self._granularity, left=left)

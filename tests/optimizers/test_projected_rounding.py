@@ -14,6 +14,7 @@ from memrt.optimizers.formed_subspace import FormedSubspace
 from memrt.optimizers.residual_subspace import ResidualSubspace
 from memrt.optimizers.scaled_gradient import ScaledGradient
 from memrt.optimizers.subspace import Subspace
+from tests.kernels.live_bytes import LiveBytes
 
 SHAPE = (64, 96)
 PROJECTIONS: dict[str, Callable[[], Any]] = {
@@ -63,3 +64,16 @@ def test_small_steps_arrive_in_the_mean(name: str) -> None:
         # bf16 gradients shift every chance a little: by 2^-8 of itself, and more for R near zero
         slack = 0.05 * float(exact[side].abs().sum())
         assert abs(float((rounded - exact)[side].sum())) < 5 * deviation + slack
+
+
+@pytest.mark.parametrize("shape", [(16, 4096), (4096, 16)])
+def test_a_bf16_weight_is_not_copied(shape: tuple[int, int]) -> None:
+    """What is alive in a step are R, AdamW's direction of it, and both moments at the first."""
+    weight = nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
+    projection = Subspace(shape, rank=1, every=9)
+    optimizer = AdamW([weight], projections={weight: projection})
+    projection.begin_step(0)
+    projection.accumulate(*(torch.randn(8, size) for size in shape))
+    with LiveBytes([weight, *projection.tensors().values()]) as live:
+        optimizer.step()
+    assert 0 < live.peak_bytes <= 4 * 4096 * 5 < 4 * weight.numel()
