@@ -25,9 +25,11 @@ from memrt.kernels.adamw_int8 import adamw_int8, adamw_int8_reference
 from memrt.kernels.dynamic_map import dynamic_map, num_blocks
 from memrt.kernels.formed_gradient import add_channels_, channel_norms
 from memrt.kernels.gaussian_matrix import gaussian_matrix, matrix_key
+from memrt.kernels.gradient_products import gradient_times, gradient_times_reference
 from memrt.kernels.linear_cross_entropy import linear_cross_entropy
 from memrt.kernels.lora import lora, lora_reference
 from memrt.kernels.projected_linear import projected_linear
+from memrt.kernels.projected_update import projected_update_, projected_update_reference
 from memrt.optimizers.adamw import AdamW
 from memrt.optimizers.subspace import Subspace
 
@@ -272,6 +274,40 @@ def _adalomo(setting: Setting, shape: tuple[int, int], dtype: torch.dtype) -> di
     )
 
 
+def _gradient_times(setting: Setting, dtype: torch.dtype) -> dict[str, Any]:
+    """G M in fp32 from factors in `dtype`, beside PyTorch's product of fp32 copies."""
+    tokens, height, width, rank = (67, 24, 40, 5) if setting.tiny else (4100, 768, 512, 72)
+    generator = torch.Generator().manual_seed(10)
+    a = torch.randn(tokens, height, generator=generator).to(dtype)
+    b = torch.randn(tokens, width, generator=generator).to(dtype)
+    matrix = torch.randn(width, rank, generator=generator) / width**0.5
+    moved = [x.to(setting.device) for x in (a, b, matrix)]
+    return _compare(
+        {"product": gradient_times(*moved)},
+        {"product": gradient_times_reference(*moved)},
+        {"product": gradient_times_reference(a, b, matrix.double())},
+        # products in TF32 parts are right to 2^-21; tensor cores cut sums that fp32 units round
+        rounding=1e-5,
+    )
+
+
+def _projected_update(setting: Setting, dtype: torch.dtype) -> dict[str, Any]:
+    """Decay and a lifted step of a weight in `dtype`, beside PyTorch's on an fp32 copy."""
+    height, width, rank = (24, 40, 5) if setting.tiny else (768, 520, 72)
+    generator = torch.Generator().manual_seed(11)
+    weight = torch.randn(height, width, generator=generator).to(dtype)
+    left = torch.randn(height, rank, generator=generator) / rank**0.5
+    right = torch.randn(width, rank, generator=generator).t()
+    step = {"alpha": -0.1, "decay": 0.9}
+    ours, *factors = (x.to(setting.device) for x in (weight, left, right))
+    plain = projected_update_reference(ours, *factors, **step).to(dtype)
+    truth = projected_update_reference(weight, left.double(), right.double(), **step)
+    ours = ours.clone()
+    projected_update_(ours, *factors, **step)
+    rounding = max(torch.finfo(dtype).eps, 2**-20)
+    return _compare({"weight": ours}, {"weight": plain}, {"weight": truth}, rounding=rounding)
+
+
 def _subspace(setting: Setting, shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
     """R against the exact product with the basis; captured energy against the best basis'."""
     rank, tokens = 8, 96
@@ -394,6 +430,8 @@ def _cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
         found[f"projected_linear {kind}"] = partial(_projected_linear, setting, dtype)
         for rank in (16, 72):
             found[f"lora {kind} rank={rank}"] = partial(_lora, setting, dtype, rank=rank)
+        found[f"gradient_times {kind}"] = partial(_gradient_times, setting, dtype)
+        found[f"projected_update {kind}"] = partial(_projected_update, setting, dtype)
         found[f"adamw {kind}"] = partial(_adamw, setting, dtype)
         found[f"adamw_int8 {kind}"] = partial(_adamw_int8, setting, dtype)
     for dtype in (torch.float32, torch.bfloat16):
