@@ -4,7 +4,8 @@ A folder is written under a temporary name, flushed to the disk, then renamed: w
 sees a whole checkpoint or none. When the final name is taken, the folder that has it is renamed
 aside first, and gets its name back (`recover`) if the process dies between the two renames.
 
-    checkpoint-N/             transformers' files, unchanged
+    checkpoint-N/             transformers' files, unchanged; of a frozen model that adapters or a
+                              side network train beside, these alone and a hash of that model
         memrt_state.json      version, step, strategies and their settings; read before the rest
         memrt_state.pt        the strategies' state: tensors and numbers, loaded `weights_only`
 """
@@ -16,7 +17,6 @@ import os
 import shutil
 import weakref
 from contextlib import contextmanager
-from functools import partial
 from glob import escape
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from torch.utils.serialization import config as serialization
-from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from memrt.adapters import has_adapter_files, load_adapters
 from memrt.base_record import base_record, require_base
 from memrt.checkpoint_loading import has_weight_files, load_weights
+from memrt.checkpoint_saving import MAX_SHARD_BYTES, saving
 from memrt.errors import CheckpointWriteError
+from memrt.ladder_files import fill_ladder, has_ladder_files
 from memrt.registry import from_json
 from memrt.session import STATE_VERSION
 
@@ -43,11 +44,12 @@ if TYPE_CHECKING:
 
     from memrt.base_record import BaseRecord
     from memrt.session import Session
-    from memrt.strategy import Strategy
+    from memrt.strategy import Attachment, Strategy
 else:
     _Trainer = object
 
 __all__ = [
+    "MAX_SHARD_BYTES",
     "SETTINGS_NAME",
     "STATE_NAME",
     "CheckpointMixin",
@@ -63,9 +65,6 @@ __all__ = [
 STATE_NAME = "memrt_state.pt"
 SETTINGS_NAME = "memrt_state.json"
 TRAINER_STATE_NAME = "trainer_state.json"
-
-MAX_SHARD_BYTES = 5 * 10**9
-"""Of a file of weights."""
 
 # Neither matches transformers' `^checkpoint-(\d+)$`, and the leading underscore is in the list of
 # names that its Trainer never uploads.
@@ -256,23 +255,6 @@ def load_state(
 # -------------------------------------------------------------------- under transformers' Trainer
 
 
-@contextmanager
-def _bounded_shards(model: nn.Module) -> Iterator[None]:
-    """While entered, `model.save_pretrained` writes files of at most `MAX_SHARD_BYTES`.
-
-    transformers' own bound is 50 GB, which for most models is all of it, and what it writes from a
-    device it copies to the host first. The Trainer has no argument for it.
-    """
-    if not isinstance(model, PreTrainedModel) or "save_pretrained" in vars(model):
-        yield
-        return
-    model.save_pretrained = partial(model.save_pretrained, max_shard_size=MAX_SHARD_BYTES)
-    try:
-        yield
-    finally:
-        del model.save_pretrained
-
-
 class CheckpointMixin(_Trainer):  # type: ignore[misc]
     """How a Trainer writes a checkpoint and resumes from it."""
 
@@ -331,12 +313,17 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """transformers' `_save`, in shards: a shard of a device's weights lies on the host."""
-        with _bounded_shards(self._bare_model()):
+        """transformers' `_save`: in small files, or of a frozen model what stands beside it."""
+        with saving(self._bare_model(), self._standing_alone()):
             super()._save(output_dir, *args, **kwargs)
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         if self._has_own_adapters(folder) and not self._is_sharded:
             self._record_of_base().write(folder)
+
+    def _standing_alone(self) -> list[Attachment]:
+        """Strategies whose tensors are no part of any plain model."""
+        attached = [] if self.session is None or self._is_sharded else self.session.attachments
+        return [each for each in attached if each.apart == "must"]
 
     def _record_of_base(self) -> BaseRecord:
         """What the adapters know their base by; a frozen base is looked at once."""
@@ -361,24 +348,37 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
         check_state(folder, self._strategies)
         if self._strategies:
             self._resuming = load_state(folder, self._strategies, mapped=self._has_device)
-        if self._has_own_adapters(folder):
-            if not self._is_sharded:
-                require_base(self._bare_model(), folder)
-            load_adapters(self.model, folder)
-        elif self._streams_weights(folder) and not (args or kwargs):
+        whole = not self._load_beside(folder)
+        if whole and self._streams_weights(folder) and not (args or kwargs):
             load_weights(self.model, folder)
-        else:
+        elif whole:
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         self._last_checkpoint = resume_from_checkpoint
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
-        if best is not None and self._has_own_adapters(Path(best)):
-            load_adapters(self.model, Path(best))
-        elif best is not None and self._streams_weights(Path(best)):
+        if best is not None and self._load_beside(Path(best)):
+            return
+        if best is not None and self._streams_weights(Path(best)):
             load_weights(self.model, Path(best))
         else:
             super()._load_best_model()
+
+    def _load_beside(self, folder: Path) -> bool:
+        """What a checkpoint holds without the frozen model that it stands beside, if it does.
+
+        Not on another model: the checkpoint knows which it was.
+        """
+        if self._has_own_adapters(folder):
+            if not self._is_sharded:
+                require_base(self._bare_model(), folder)
+            load_adapters(self.model, folder)
+        elif self._strategies and has_ladder_files(folder):
+            assert self.session is not None
+            fill_ladder(self.session, folder)
+        else:
+            return False
+        return True
 
     def _streams_weights(self, folder: Path) -> bool:
         """Whether a whole model lies in safetensors and this process has the whole model."""

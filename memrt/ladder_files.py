@@ -29,7 +29,15 @@ if TYPE_CHECKING:
 
     from memrt.strategy import Strategy
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "fingerprint", "load_ladder", "save_ladder"]
+__all__ = [
+    "CONFIG_NAME",
+    "WEIGHTS_NAME",
+    "fill_ladder",
+    "fingerprint",
+    "has_ladder_files",
+    "load_ladder",
+    "save_ladder",
+]
 
 
 def save_ladder(run: Session, folder: str | Path) -> Path:
@@ -67,17 +75,21 @@ def load_ladder(
     assert isinstance(ladder, Ladder)
     run = Session(model, registry.parse_all([*strategies, ladder]))
     try:
-        found = fingerprint(model, trained=ladder.trained_head(run.facts))
-        if found != config["backbone"]:
-            raise ValueError(
-                f"{source} was trained beside another backbone (a {config['model']}) than this "
-                f"{type(model).__name__}; load the model that it was trained on"
-            )
-        _fill(run, ladder, source)
+        _fill(run, ladder, source, config)
     except BaseException:
         run.detach()
         raise
     return run
+
+
+def has_ladder_files(folder: str | Path) -> bool:
+    """Whether a folder holds a side network alone."""
+    return all((Path(folder) / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
+
+
+def fill_ladder(run: Session, folder: str | Path) -> None:
+    """Load a side network into a session that carries one of the same settings."""
+    _fill(run, _settings(run), Path(folder), _config(Path(folder)))
 
 
 def _settings(run: Session) -> Ladder:
@@ -100,11 +112,24 @@ def _config(source: Path) -> dict[str, Any]:
     return config
 
 
-def _fill(run: Session, ladder: Ladder, source: Path) -> None:
+def _fill(run: Session, ladder: Ladder, source: Path, config: Mapping[str, Any]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    saved = load_file(source / WEIGHTS_NAME)
-    here = dict(side_tensors(run.model, set(ladder.trained_head(run.facts))))
+    trained = ladder.trained_head(run.facts)
+    if fingerprint(run.model, trained=trained) != config["backbone"]:
+        raise ValueError(
+            f"{source} was trained beside another backbone (a {config['model']}) than this "
+            f"{type(run.model).__name__}; load the model that it was trained on"
+        )
+    path = source / WEIGHTS_NAME
+    try:
+        saved = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({error}); copy it again"
+        ) from error
+    here = dict(side_tensors(run.model, set(trained)))
     if saved.keys() != here.keys():
         differing = sorted(saved.keys() ^ here.keys())[0]
         raise ValueError(f"{source} does not fit this model: {differing} is in one of them only")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from memrt import checkpoint
+from memrt import checkpoint_saving
 from memrt.checkpoint import CheckpointMixin
 from memrt.checkpoint_loading import load_weights
 from memrt.profiling.ledger import Ledger
@@ -44,7 +44,7 @@ def test_every_family_resumes_as_if_never_stopped(family: str, tmp_path: Path) -
 
 
 def test_shards_are_bounded_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 40_000)
+    monkeypatch.setattr(checkpoint_saving, "MAX_SHARD_BYTES", 40_000)
     trainer = run(tmp_path, **SAVING)
     folder = tmp_path / "checkpoint-5"
     shards = sorted(folder.glob("*.safetensors"))

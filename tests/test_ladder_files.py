@@ -17,6 +17,8 @@ from memrt.ladder.attach import CHILD
 from memrt.ladder_files import CONFIG_NAME, WEIGHTS_NAME
 from memrt.runner import model_loss
 from memrt.testing import tiny_batches, tiny_model
+from tests.trainer_runs import assert_same, saved_state
+from tests.trainer_runs import model_of as trainer_model_of
 from tests.trainer_runs import run as trainer_run
 
 
@@ -126,22 +128,58 @@ def test_a_task_head_goes_along(tmp_path: Path) -> None:
     assert torch.equal(other.classifier.weight, model.classifier.weight)
 
 
-def test_a_trainer_s_side_network_is_written_and_resumes(tmp_path: Path) -> None:
-    options = {"strategies": ["ladder(reduction=2)"]}
-    saving = {"save_strategy": "steps", "save_steps": 2}
-    whole = trainer_run(tmp_path / "whole", options=options, max_steps=4, **saving)
-    resumed = trainer_run(
-        tmp_path / "whole",
-        options=options,
-        max_steps=4,
-        resume=str(tmp_path / "whole/checkpoint-2"),
-        **saving,
-    )
-    one, other = (dict(t.model.named_parameters()) for t in (whole, resumed))
+STACKS = [["ladder(reduction=2)"], ["nf4", "ladder(reduction=2, taps='low_rank')", "int8_states"]]
+SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+
+
+@pytest.mark.parametrize("stack", STACKS, ids="+".join)
+def test_a_trainer_saves_the_side_network_alone_and_resumes(
+    stack: list[str], tmp_path: Path
+) -> None:
+    options = {"strategies": stack}
+    whole = trainer_run(tmp_path / "whole", options=options, **SAVING)
+    checkpoint = tmp_path / "whole/checkpoint-2"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {CONFIG_NAME, WEIGHTS_NAME, "optimizer.pt", "memrt_state.json"} <= names
+    assert not any(name.startswith("model") or name == "config.json" for name in names)
+    resumed = trainer_run(tmp_path / "again", options=options, resume=str(checkpoint), **SAVING)
+    one, other = (t.model.state_dict() for t in (whole, resumed))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    memrt.save_ladder(whole.session, tmp_path / "side")
-    assert (tmp_path / "side" / WEIGHTS_NAME).is_file()
+    assert_same(saved_state(resumed), saved_state(whole))
+
+    whole.save_model(str(tmp_path / "saved"))
+    names = {path.name for path in (tmp_path / "saved").iterdir()}
+    assert names == {CONFIG_NAME, WEIGHTS_NAME, "training_args.bin"}
+    fresh = trainer_model_of("llama")
+    memrt.load_ladder(fresh, tmp_path / "saved", strategies=stack[:1] if len(stack) > 1 else [])
+    assert torch.equal(logits(fresh), logits(whole.model))
+    assert whole.model.save_pretrained.__func__ is type(whole.model).save_pretrained
+
+
+def test_a_trainer_refuses_a_checkpoint_of_another_backbone_or_a_damaged_one(
+    tmp_path: Path,
+) -> None:
+    options = {"strategies": STACKS[0]}
+    trainer = trainer_run(tmp_path / "run", options=options, **SAVING)
+    again: dict[str, Any] = {"options": options, **SAVING}
+    again["resume"] = str(tmp_path / "run/checkpoint-2")
+    other = trainer_model_of("llama", seed=8)
+    with pytest.raises(ValueError, match="trained beside another backbone"):
+        trainer_run(tmp_path / "other", model=other, **again)
+
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.state.best_model_checkpoint = again["resume"]
+    trainer._load_best_model()
+    after = trainer.model.state_dict()
+    moved = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert moved
+    assert all(CHILD in name.split(".") for name in moved)
+
+    weights = tmp_path / "run/checkpoint-2" / WEIGHTS_NAME
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        trainer_run(tmp_path / "damaged", **again)
 
 
 def test_bad_folders_and_sessions_are_refused(tmp_path: Path) -> None:
