@@ -153,7 +153,9 @@ def _counted_steps(
     # copied before the ledger looks, and dropped step by step, as a data loader's batches are
     windows = [copied(window, workload.device) for window in workload.windows[:LEDGER_STEPS]]
     with ledger:
-        run = start(model, strategies, settings=workload.settings, ledger=ledger)
+        run = start(
+            model, strategies, settings=workload.settings, ledger=ledger, probe=windows[0][0]
+        )
         while windows:
             train_step(run, windows.pop(0))
             on_step()

@@ -192,7 +192,14 @@ def simulate(
         counter = FlopCounter(ledger.now)
         ledger.on_operator = counter.see
         with fake_initialisers():  # a strategy may build layers of its own
-            run = start(model, strategies, settings=settings, ledger=ledger, loss_of=loss_of)
+            run = start(
+                model,
+                strategies,
+                settings=settings,
+                ledger=ledger,
+                loss_of=loss_of,
+                probe=windows[-1][0],
+            )
         while len(windows) > 1:
             train_step(run, windows.pop(), read_values=False)
         structure = run.session.facts.structure

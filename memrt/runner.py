@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,12 +56,18 @@ def start(
     settings: RunSettings,
     ledger: Ledger | None = None,
     loss_of: Callable[[nn.Module, Batch], Tensor] = model_loss,
+    probe: Batch | None = None,
 ) -> Run:
-    """Attach the strategies and build the optimizer."""
+    """Attach the strategies and build the optimizer.
+
+    `probe` is a batch for strategies that look at data before the first step, given to them as
+    often as they ask.
+    """
     if hasattr(model, "config") and hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # as transformers' Trainer does for training
     model.train()
-    session = Session(model, strategies, settings=settings, ledger=ledger)
+    batches = None if probe is None else partial(repeat, probe)
+    session = Session(model, strategies, settings=settings, ledger=ledger, probe_batches=batches)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     session.adopt_optimizer(session.build_optimizer([{"params": named}]))
     return Run(session=session, loss_of=loss_of)

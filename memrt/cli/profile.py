@@ -175,11 +175,12 @@ def _kernel_scratch(workload: Workload, strategies: Any) -> dict[str, Any]:
     import torch
 
     from memrt.profiling.kernel_scratch import largest_scratch
-    from memrt.runner import start, train_step
+    from memrt.runner import copied, start, train_step
 
     torch.manual_seed(workload.settings.seed)
     model = workload.build(strategies)
-    run = start(model, strategies, settings=workload.settings)
+    (probe,) = copied(workload.windows[0][:1], workload.device)
+    run = start(model, strategies, settings=workload.settings, probe=probe)
     train_step(run, workload.windows[0])  # the optimizer's state is there from now on
     found = largest_scratch(lambda: train_step(run, workload.windows[1]))
     run.session.detach()

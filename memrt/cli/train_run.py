@@ -138,6 +138,8 @@ class TrainRun:
             eval_dataset=self._data.evaluation,
             data_collator=self._collator,
             processing_class=self._tokenizer,
+            # for strategies that look at data before the first step
+            probe_dataset=self._data.train if arguments.strategies else None,
             **metrics_for(self._model.task),
         )
         if self._is_classifier:

@@ -22,6 +22,8 @@ from memrt.ladder.attach import (
     turning,
 )
 from memrt.ladder.fisher import Scores, fisher_scores
+from memrt.ladder.narrowing import Narrowing, Projection, Selection
+from memrt.ladder.principal import principal_directions
 from memrt.ladder.prune import (
     Cut,
     check_prunable,
@@ -92,9 +94,9 @@ class _Side:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kept:
-    """Of which channels and by which scores the side's first weights are cut out."""
+    """How hidden channels become fewer, and by which scores heads and neurons are chosen."""
 
-    channels: Tensor
+    narrowing: Narrowing
     scores: Scores | None
 
 
@@ -128,6 +130,14 @@ def _kept(run: Session, settings: Settings) -> _Kept | None:
     stacks, scores = run.facts.structure.stacks, None
     cuts = [_cut(run.model, stack, settings.reduction) for stack in stacks]
     blocks = [layer for stack in stacks for layer in stack.layers]
+    if settings.init == "principal":
+        found = principal_directions(
+            run,
+            [stack.layers for stack in stacks],
+            side=cuts[0].narrow.hidden,
+            count=settings.probe_batches,
+        )
+        return _Kept(narrowing=Projection(found), scores=None)
     if settings.init == "fisher":
         weights = [
             module
@@ -136,7 +146,8 @@ def _kept(run: Session, settings: Settings) -> _Kept | None:
         ]
         scores = fisher_scores(run, blocks, weights, count=settings.probe_batches)
     with torch.no_grad():
-        return _Kept(channels=hidden_channels(blocks, cuts[0], scores), scores=scores)
+        channels = hidden_channels(blocks, cuts[0], scores)
+    return _Kept(narrowing=Selection(channels), scores=scores)
 
 
 def prunes(facts: Facts, settings: Settings) -> bool:
@@ -225,7 +236,7 @@ def _hang(
         _fill(stack, rungs, side, settings, kept)
         norm_name = final_norm(run.model, stack) if side.norm is not None else None
         if norm_name is not None and side.norm is not None and kept is not None:
-            copy_hidden(run.model.get_submodule(norm_name), side.norm, kept.channels)
+            copy_hidden(run.model.get_submodule(norm_name), side.norm, kept.narrowing)
         wide, narrow = side.cut.wide.hidden, side.cut.narrow.hidden
         end: Join | EncoderEnd = (
             Join(stream, wide, narrow, form=settings.start, norm=side.norm)
@@ -266,7 +277,7 @@ def _fill(
     def tap() -> Tap:
         made = make_tap(settings.taps, wide, narrow, kept=settings.kept)
         if kept is not None:
-            made.select(kept.channels)
+            made.begin(kept.narrowing)
         return made
 
     rungs[0].stem = tap()
@@ -283,7 +294,7 @@ def _fill(
         if kept is not None:
             with torch.no_grad():
                 heads = copy_pruned(
-                    stack.layers[index], block, side.cut, kept.channels, kept.scores
+                    stack.layers[index], block, side.cut, kept.narrowing, kept.scores
                 )
         rung.tap, rung.gate = tap(), Gate(settings.gate, narrow)
         rung.block, rung.residual = block, side.residual

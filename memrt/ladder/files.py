@@ -49,7 +49,7 @@ def write_ladder(
 
 def _without_data(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Settings that build the ladder where no data is; the weights come from the file anyway."""
-    if settings.get("init") != "fisher":
+    if settings.get("init") not in ("fisher", "principal"):
         return settings
     return {k: v for k, v in settings.items() if k != "probe_batches"} | {"init": "random"}
 

@@ -23,14 +23,15 @@ import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
-from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from memrt.kernels.finite import all_finite
 from memrt.kernels.mixed_precision import block_rows
+from memrt.ladder.probing import probe_batches, resting_model
 from memrt.surgery import subclass_of
 
 if TYPE_CHECKING:
@@ -52,23 +53,16 @@ def fisher_scores(
     No parameter may require a gradient before the last block. Modes, classes and the random numbers
     are left as they were.
     """
-    try:
-        batches = run.probe(count)
-    except ValueError as refused:
-        raise ValueError(
-            f"init='fisher' scores the backbone on data, and has too little: {refused}; or use "
-            "init='magnitude', which needs none and whose steps take the same memory"
-        ) from refused
+    batches = probe_batches(run, count, init="fisher")
     totals = {module: _Total() for module in weights}
-    with run.phase("probe"), torch.enable_grad(), _resting(run.model):
+    with run.phase("probe"), torch.enable_grad(), resting_model(run.model):
         for batch in batches:
             with _scoring(blocks, totals) as roots:
                 loss = run.loss(batch)
-                value = float(loss.detach())
-                if not isfinite(value):
+                if not all_finite([loss.detach()]):
                     raise ValueError(
-                        f"init='fisher': the loss on a probe batch is {value}; leave rows "
-                        "without labels out of the probe set"
+                        f"init='fisher': the loss on a probe batch is {float(loss.detach())}; "
+                        "leave rows without labels out of the probe set"
                     )
                 torch.autograd.grad(loss, roots, allow_unused=True)
                 del loss
@@ -128,18 +122,6 @@ class _Scored(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         ctx.total.add(gradient, x)
         return gradient, None, None
-
-
-@contextmanager
-def _resting(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Starting weights cut out of the backbone's: whole heads, one set of channels for all layers.
 
-Every weight of a side block is a sub-matrix of the backbone's weight of the same name. The axes of
-a weight have *roles*: hidden channels, query heads, key-value heads, neurons. One set of hidden
+Every weight of a side block is a sub-matrix of the backbone's weight of the same name; with another
+`Narrowing` than a selection, of its product with directions of the hidden state. The axes of a
+weight have *roles*: hidden channels, query heads, key-value heads, neurons. One set of hidden
 channels serves the whole model, so that a channel of the side's residual stream means one channel
 of the backbone's in every layer; heads and neurons are chosen layer by layer, whole heads within
 whole key-value groups, gate, up and down projection together. The score of a channel, head or
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from memrt.ladder.fisher import Scores
+from memrt.ladder.narrowing import Narrowing
 from memrt.ladder.shape import Widths
 
 __all__ = ["Cut", "check_prunable", "copy_hidden", "copy_pruned", "hidden_channels", "linears"]
@@ -336,7 +338,11 @@ def _sets_of(
 
 
 def copy_pruned(
-    source: nn.Module, target: nn.Module, cut: Cut, channels: Tensor, scores: Scores | None = None
+    source: nn.Module,
+    target: nn.Module,
+    cut: Cut,
+    narrowing: Narrowing,
+    scores: Scores | None = None,
 ) -> Tensor | None:
     """Fill a side block from its backbone block; returns the query heads of its self-attention."""
     roles = _roles(source, cut.wide, scores)
@@ -344,9 +350,9 @@ def copy_pruned(
     sets: dict[str, dict[str, Tensor]] = {}
     for group, weights in roles.groups.items():
         num_neurons = _sizes(modules[weights[-1].name])[1]
-        sets[group] = {**_sets_of(group, weights, cut, num_neurons), _HIDDEN: channels}
+        sets[group] = _sets_of(group, weights, cut, num_neurons)
         for weight in weights:
-            _copy_linear(weight, modules[weight.name], sets[group])
+            _copy_linear(weight, modules[weight.name], sets[group], narrowing)
     linear = {weight.name for weight in roles.weights}
     for name, parameter in target.named_parameters():
         owner, _, _ = name.rpartition(".")
@@ -356,42 +362,54 @@ def copy_pruned(
         own = sets.get(_attention_group(owner) or "mlp", {})
         if name.endswith(("in_proj_weight", "in_proj_bias")):  # of nn.MultiheadAttention
             rows = wide.index_select(0, own[_FUSED])
-            _copy(parameter, rows.index_select(1, channels) if rows.ndim == 2 else rows)
+            _copy(parameter, narrowing.along(rows, 1) if rows.ndim == 2 else rows)
             continue
-        kept = _vector_set(name, wide, cut, own, channels)
-        _copy(parameter, wide.index_select(0, kept))
+        kept = _of_heads_norm(name, wide, cut, own)
+        if kept is not None:
+            _copy(parameter, wide.index_select(0, kept))
+        else:
+            norm = source.get_submodule(owner)
+            _copy(parameter, narrowing.of_norm(norm, name.rpartition(".")[2]))
     first = next((group for group in sets if group != "mlp"), None)
     return None if first is None else sets[first]["heads"]
 
 
-def _copy_linear(weight: _Weight, target: nn.Module, sets: dict[str, Tensor]) -> None:
-    rows = weight.dense().index_select(0, sets[weight.out_role])
-    cut = rows.index_select(1, sets[weight.in_role])
+def _copy_linear(
+    weight: _Weight, target: nn.Module, sets: dict[str, Tensor], narrowing: Narrowing
+) -> None:
+    def along(tensor: Tensor, axis: int, role: str) -> Tensor:
+        if role == _HIDDEN:
+            return narrowing.along(tensor, axis)
+        return tensor.index_select(axis, sets[role])
+
+    # heads and neurons first: what is multiplied is then small
+    axes = sorted(enumerate((weight.out_role, weight.in_role)), key=lambda each: each[1] == _HIDDEN)
+    cut = weight.dense()
+    for axis, role in axes:
+        cut = along(cut, axis, role)
     parameter, bias = target.weight, target.bias
     assert isinstance(parameter, Tensor)
     _copy(parameter, cut.t() if _is_transposed(target) else cut)
     if isinstance(bias, Tensor):
         wide = weight.module.bias
         assert isinstance(wide, Tensor)
-        _copy(bias, wide.detach().index_select(0, sets[weight.out_role]))
+        _copy(bias, along(wide.detach(), 0, weight.out_role))
 
 
-def _vector_set(
-    name: str, wide: Tensor, cut: Cut, sets: dict[str, Tensor], channels: Tensor
-) -> Tensor:
-    """What is kept of a norm's weight or bias."""
+def _of_heads_norm(name: str, wide: Tensor, cut: Cut, sets: dict[str, Tensor]) -> Tensor | None:
+    """What is kept of a norm over heads' channels; None for one over hidden channels."""
     leaf = name.split(".")[-2].lower() if "." in name else ""
-    if wide.ndim == 1 and leaf in ("q_norm", "k_norm"):
-        if wide.shape[0] == cut.wide.head_dim:
-            return sets[_HEAD_DIM]
-        return sets[_QUERY if leaf == "q_norm" else _KEY]
-    return channels
+    if wide.ndim != 1 or leaf not in ("q_norm", "k_norm"):
+        return None
+    if wide.shape[0] == cut.wide.head_dim:
+        return sets[_HEAD_DIM]
+    return sets[_QUERY if leaf == "q_norm" else _KEY]
 
 
-def copy_hidden(source: nn.Module, target: nn.Module, channels: Tensor) -> None:
+def copy_hidden(source: nn.Module, target: nn.Module, narrowing: Narrowing) -> None:
     """Fill a norm over hidden channels."""
     for name, parameter in target.named_parameters():
-        _copy(parameter, source.get_parameter(name).detach().index_select(0, channels))
+        _copy(parameter, narrowing.of_norm(source, name))
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

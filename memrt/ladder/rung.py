@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memrt.kernels.ladder import ladder_down, ladder_mix
+from memrt.kernels.mixed_precision import product_dtype
+from memrt.ladder.narrowing import Narrowing, Selection
 
 __all__ = ["Call", "EncoderEnd", "Gate", "Join", "Rung", "Stream", "Tap", "make_tap"]
 
@@ -91,8 +93,8 @@ class Tap(nn.Module):
         """The hidden state at the side's width."""
         raise NotImplementedError
 
-    def select(self, channels: Tensor) -> None:
-        """Start with these channels, where the tap can."""
+    def begin(self, narrowing: Narrowing) -> None:
+        """Start as the narrowing that the side's weights were made with, where the tap can."""
 
 
 class LinearTap(Tap):
@@ -110,10 +112,10 @@ class LinearTap(Tap):
         """One operator reads the hidden state once."""
         return ladder_down(hidden, self.weight, self.bias, state, gate, kept=self.kept)
 
-    def select(self, channels: Tensor) -> None:
-        """Start as the selection of these channels."""
+    def begin(self, narrowing: Narrowing) -> None:
+        """Start as the narrowing, exactly."""
         with torch.no_grad():
-            self.weight.zero_().scatter_(1, channels[:, None], 1.0)
+            self.weight.copy_(narrowing.matrix(self.weight.shape[1]).t())
 
 
 class LowRankTap(Tap):
@@ -161,9 +163,30 @@ class SelectedTap(Tap):
         """Some of the channels."""
         return hidden.detach().index_select(-1, self.channels)
 
-    def select(self, channels: Tensor) -> None:
-        """Select these channels."""
-        self.channels.copy_(channels)
+    def begin(self, narrowing: Narrowing) -> None:
+        """Select the same channels."""
+        assert isinstance(narrowing, Selection), "refused before: directions are no channels"
+        self.channels.copy_(narrowing.channels)
+
+
+class ProjectedTap(Tap):
+    """A fixed projection onto the directions of the side's weights. Nothing to learn or to keep."""
+
+    basis: Tensor
+
+    def __init__(self, hidden: int, side: int) -> None:
+        super().__init__()
+        drawn = torch.empty(hidden, side, dtype=torch.float32).normal_()
+        self.register_buffer("basis", torch.linalg.qr(drawn).Q.to(torch.get_default_dtype()))
+
+    def down(self, hidden: Tensor) -> Tensor:
+        """The product with the basis [hidden, side]."""
+        dtype = product_dtype(hidden)
+        return hidden.detach().to(dtype) @ self.basis.to(dtype)
+
+    def begin(self, narrowing: Narrowing) -> None:
+        """Project as the side's weights were."""
+        self.basis.copy_(narrowing.matrix(self.basis.shape[0]))
 
 
 def make_tap(kind: str, hidden: int, side: int, *, kept: str) -> Tap:
@@ -172,7 +195,8 @@ def make_tap(kind: str, hidden: int, side: int, *, kept: str) -> Tap:
         return LinearTap(hidden, side, kept=kept)
     if kind == "low_rank":
         return LowRankTap(hidden, side, kept=kept)
-    return PooledTap(hidden, side) if kind == "pooled" else SelectedTap(hidden, side)
+    fixed = {"pooled": PooledTap, "selected": SelectedTap, "projected": ProjectedTap}
+    return fixed[kind](hidden, side)
 
 
 class Gate(nn.Module):

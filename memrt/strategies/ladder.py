@@ -11,13 +11,14 @@ a model without a language-model head). With `start="exact"` up begins at zero, 
 starts bit for bit as the backbone; "lst" and "qst" start as the papers' code does.
 
 Bytes kept for backward, in elements a token and layer: nothing of the backbone but the taps. A
-"linear" (LST) or "low_rank" (QST) tap keeps `hidden` (one byte each with `kept="float8"`), "pooled"
-and "selected" taps nothing; the side's blocks keep about 19 side, with `checkpoint` 1. Weights grow
-by about 1/reduction² of the blocks' and reduction-fold narrower taps. A step costs a forward of the
-backbone and about 3/reduction² more.
+"linear" (LST) or "low_rank" (QST) tap keeps `hidden` (one byte each with `kept="float8"`),
+"pooled", "selected" and "projected" taps nothing; the side's blocks keep about 19 side, with
+`checkpoint` 1. Weights grow by about 1/reduction² of the blocks' and reduction-fold narrower taps.
+A step costs a forward of the backbone and about 3/reduction² more.
 
 With `init="fisher"` the side's first weights are chosen on data before the first step, which takes
-what a batch takes with every block checkpointed: see `memrt.ladder.fisher`.
+what a batch takes with every block checkpointed: see `memrt.ladder.fisher`. With `"principal"` they
+are made of the directions that hidden states have, for a forward a batch: `memrt.ladder.principal`.
 
 LST: Sung et al. 2022, arXiv 2206.06522. QST, with `nf4`: Zhang et al. 2024, arXiv 2401.07159.
 """
@@ -47,10 +48,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Ladder"]
 
-TAPS = ("linear", "low_rank", "pooled", "selected")
+TAPS = ("linear", "low_rank", "pooled", "selected", "projected")
+FIXED_TAPS = ("pooled", "selected", "projected")
 GATES = ("scalar", "vector")
 STARTS = ("exact", "lst", "qst")
-INITS = ("auto", "magnitude", "fisher", "random")
+INITS = ("auto", "magnitude", "fisher", "principal", "random")
+ON_DATA = ("fisher", "principal")
 HEADS = ("auto", "frozen", "trained")
 
 
@@ -60,15 +63,17 @@ class Ladder(Strategy):
     """Settings.
 
     reduction: how many times narrower the side network is.
-    taps: how a hidden state comes down: "linear", "low_rank", "pooled", "selected".
+    taps: how a hidden state comes down: "linear", "low_rank", "pooled", "selected" or "projected"
+        (onto the directions of `init="principal"`; those learn nothing).
     kept: how a linear or low-rank tap keeps the hidden state: "exact" or "float8".
     gate: "scalar" (one number a rung, as LST) or "vector" (one a channel, as QST).
     start: "exact" (the backbone's own function), "lst" or "qst" (the papers').
     init: the side's first weights: "magnitude" (cut out of the backbone's, the largest), "fisher"
-        (those that the loss on a probe set depends on most; needs `probe_dataset` of the Trainer or
-        `probe_batches` of `memrt.prepare`), "random", or "auto" ("magnitude" where pruning knows
-        every weight of the blocks; experts it does not).
-    probe_batches: how many batches of the probe set "fisher" looks at.
+        (those that the loss on a probe set depends on most), "principal" (its products with the
+        directions in which the hidden states of a probe set lie), "random", or "auto" ("magnitude"
+        where pruning knows every weight of the blocks; experts it does not). What looks at data
+        needs `probe_dataset` of the Trainer or `probe_batches` of `memrt.prepare`.
+    probe_batches: how many batches of the probe set "fisher" and "principal" look at.
     every: a rung after every n-th block; `layers` names them instead, from 0.
     checkpoint: run the side's blocks again in backward instead of keeping their activations.
     head: what trains behind the join: "auto" (all of it without a language-model head, else
@@ -118,12 +123,17 @@ class Ladder(Strategy):
                 raise ValueError(f"{option}={value!r}: use one of {', '.join(known)}")
         if not isinstance(self.checkpoint, bool):
             raise ValueError(f"checkpoint={self.checkpoint!r}: must be True or False")
-        if self.kept != "exact" and self.taps in ("pooled", "selected"):
+        if self.kept != "exact" and self.taps in FIXED_TAPS:
             raise ValueError(f"kept={self.kept!r}: taps={self.taps!r} keep nothing; leave kept out")
-        if self.probe_batches != 8 and self.init != "fisher":
+        if self.probe_batches != 8 and self.init not in ON_DATA:
             raise ValueError(
                 f"probe_batches={self.probe_batches}: init={self.init!r} looks at no data; use "
-                "init='fisher', or leave probe_batches out"
+                "init='principal' or 'fisher', or leave probe_batches out"
+            )
+        if self.init == "principal" and self.taps == "selected":
+            raise ValueError(
+                "init='principal' makes the side of directions and taps='selected' takes channels; "
+                "use taps='projected'"
             )
         self._check_layers()
 
@@ -161,7 +171,7 @@ class Ladder(Strategy):
             )
         for stack in stacks:
             self._check_stack(facts, stack)
-        if self.init in ("magnitude", "fisher"):
+        if self.init in ("magnitude", *ON_DATA):
             prunes(facts, self)
         if self.head == "trained" and not _behind(facts):
             raise ValueError(f"head='trained': {kind} has nothing behind the join that could train")

@@ -15,7 +15,6 @@ import memrt
 from memrt.errors import ConflictError
 from memrt.ladder.attach import CHILD
 from memrt.ladder.fisher import Scores, fisher_scores
-from memrt.planning import plan
 from memrt.profiling.ledger import Ledger
 from memrt.session import Session
 from memrt.testing import PlainModel, tiny_batches, tiny_config, tiny_model
@@ -218,8 +217,6 @@ def test_without_data_it_is_refused_with_what_to_do_and_the_model_is_left_alone(
         memrt.prepare(model, [FISHER])
     assert not [name for name, _ in model.named_parameters() if CHILD in name.split(".")]
     assert all(parameter.requires_grad for parameter in model.parameters())
-    with pytest.raises(ValueError, match=message):
-        plan(tiny_config("llama"), [FISHER], sequence_length=8)
 
 
 def test_a_loss_that_is_no_number_is_refused() -> None:

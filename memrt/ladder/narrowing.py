@@ -1,0 +1,100 @@
+"""How the side's hidden channels come from the backbone's: some of them, or directions among them.
+
+    Selection      channel j of the side is channel c_j of the backbone
+    Projection     S = Uᵀ H: a weight W that reads the hidden state becomes W U, one that writes it
+                   Uᵀ W
+
+A norm multiplies the channels of a state of length √channels by its weight γ. Selected channels
+keep theirs. In directions that becomes a matrix, Uᵀ diag(γ) U, of which the side's norm can hold
+the diagonal; and √side is not the length that Uᵀ of a normed state has, √(energy · hidden), so that
+the diagonal is multiplied by the quotient of both. With equal γ, and all directions, that is exact
+for RMSNorm: it commutes with rotations (SliceGPT, arXiv 2401.15024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from memrt.ladder.principal import Principal
+
+__all__ = ["Narrowing", "Projection", "Selection"]
+
+
+class Narrowing(Protocol):
+    """From [hidden] to [side]."""
+
+    def along(self, tensor: Tensor, axis: int) -> Tensor:
+        """A weight or bias with this axis of hidden channels made narrow."""
+
+    def of_norm(self, norm: nn.Module, leaf: str) -> Tensor:
+        """The weight or bias of the side's norm for a norm over hidden channels."""
+
+    def matrix(self, hidden: int) -> Tensor:
+        """[hidden, side]: what a hidden state is multiplied with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Some of the channels, by index [side]."""
+
+    channels: Tensor
+
+    def along(self, tensor: Tensor, axis: int) -> Tensor:
+        """The kept rows or columns."""
+        return tensor.index_select(axis, self.channels)
+
+    def of_norm(self, norm: nn.Module, leaf: str) -> Tensor:
+        """The kept elements."""
+        return norm.get_parameter(leaf).detach().index_select(0, self.channels)
+
+    def matrix(self, hidden: int) -> Tensor:
+        """One 1 a column."""
+        made = torch.zeros(hidden, len(self.channels), device=self.channels.device)
+        return made.scatter_(0, self.channels[None, :], 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """The directions of `Principal`."""
+
+    found: Principal
+
+    def along(self, tensor: Tensor, axis: int) -> Tensor:
+        """The product with U, in fp32."""
+        basis = self.found.basis.to(tensor.device)
+        if axis == 0:
+            return basis.t() @ tensor.float()
+        return tensor.float() @ basis
+
+    def of_norm(self, norm: nn.Module, leaf: str) -> Tensor:
+        """The diagonal of Uᵀ diag(γ) U, lengthened; of a bias Uᵀ β."""
+        vector = norm.get_parameter(leaf).detach()
+        if leaf == "bias":
+            return self.along(vector, 0)
+        basis = self.found.basis.to(vector.device)
+        unit = _unit(norm)
+        hidden, side = basis.shape
+        gain = (self.found.energy.to(vector.device) * (hidden / side)).sqrt()
+        return gain * (basis.square().t() @ (vector.float() + unit)) - unit
+
+    def matrix(self, hidden: int) -> Tensor:
+        """U."""
+        return self.found.basis
+
+
+def _unit(norm: nn.Module) -> Tensor:
+    """0-dim: 1 where a norm multiplies by 1 + weight (Gemma), 0 where by its weight."""
+    weight = norm.get_parameter("weight").detach()
+    signs = torch.ones_like(weight)
+    signs[::2] = -1.0
+    with torch.no_grad():
+        output = norm(signs)
+    bias = getattr(norm, "bias", None)
+    if isinstance(bias, Tensor):
+        output = output - bias
+    unit: Tensor = (output / signs - weight).float().mean().round()
+    return unit

@@ -1,0 +1,307 @@
+"""A ladder whose first weights are the backbone's in the directions of its hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memrt
+from memrt import registry
+from memrt.errors import ConflictError
+from memrt.ladder.attach import CHILD
+from memrt.ladder.narrowing import Projection, Selection
+from memrt.ladder.principal import Principal, principal_directions
+from memrt.planning import plan
+from memrt.profiling.ledger import Ledger
+from memrt.runner import copied, start, train_step
+from memrt.session import Session
+from memrt.structure import RunSettings
+from memrt.testing import tiny_batches, tiny_config, tiny_model
+from tests.strategies.runs import assert_equal
+from tests.trainer_runs import examples, trainer_of
+
+PRINCIPAL = "ladder(reduction=2, init='principal', probe_batches=2)"
+FAMILIES = ["llama", "gpt2", "bert", "t5", "gemma2", "plain"]
+
+
+def source(family: str) -> Callable[[int], Iterator[dict[str, Tensor]]]:
+    return lambda count: iter(tiny_batches(family, count=count, seed=7))
+
+
+def directions(model: nn.Module, family: str, *, side: int) -> Principal:
+    run = Session(model, [], probe_batches=source(family))
+    stacks = [stack.layers for stack in run.facts.structure.stacks]
+    return principal_directions(run, stacks, side=side, count=2)
+
+
+# ---------------------------------------------------------------- the directions
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_they_are_the_leading_eigenvectors_of_all_hidden_states(family: str) -> None:
+    """Of every token that is no padding, at length 1; in evaluation mode, the RNG left alone."""
+    torch.manual_seed(0)
+    model = tiny_model(family).train()
+    before = torch.get_rng_state()
+    found = directions(model, family, side=16)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    seen: list[Tensor] = []
+    (stack,) = Session(model, []).facts.structure.stacks
+    stack.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for layer in stack.layers:
+        layer.register_forward_hook(
+            lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
+    model.eval()
+    states: list[Tensor] = []
+    for batch in source(family)(2):
+        with torch.no_grad():
+            model(**batch)
+        assert len(seen) == len(stack.layers) + 1
+        states += [hidden[batch["attention_mask"].bool()] for hidden in seen]
+        seen.clear()
+    x = torch.nn.functional.normalize(torch.cat(states).double(), dim=1)
+    values, vectors = torch.linalg.eigh(x.t() @ x)
+    wanted = vectors[:, -16:].flip(1)
+    alike = (wanted * found.basis).sum(dim=0).abs()
+    assert (alike - 1).abs().max() < 1e-3  # the gap between neighbours is a hundredth
+    assert found.energy.item() == pytest.approx(float(values[-16:].sum() / values.sum()), abs=1e-5)
+    projected = (x @ found.basis.double()).square().sum(dim=1).mean()
+    assert projected.item() == pytest.approx(found.energy.item(), abs=1e-5)
+
+
+def test_of_several_bases_it_is_the_best_for_its_width() -> None:
+    torch.manual_seed(0)
+    model: Any = tiny_model("llama")
+    found = directions(model, "llama", side=8)
+    drawn = torch.linalg.qr(torch.randn(32, 8)).Q
+    states = []
+    model.model.layers[1].register_forward_hook(lambda _, args, out: states.append(out))
+    with torch.no_grad():
+        for batch in source("llama")(2):
+            model.eval()(**batch)
+    x = torch.cat([state.reshape(-1, 32) for state in states])
+    assert (x @ found.basis).norm() > 1.2 * (x @ drawn).norm()
+
+
+# ---------------------------------------------------------------- the weights
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_in_all_directions_a_side_block_is_the_backbone_s_in_another_basis(family: str) -> None:
+    """RMSNorm with equal weights commutes with rotations, so block(Uᵀ H) = Uᵀ block(H)."""
+    torch.manual_seed(0)
+    model: Any = tiny_model(family, hidden=64).eval()  # heads of 16
+    batch = tiny_batches(family, count=1)[0]
+    found: list[tuple[Tensor, Tensor]] = []
+    wanted: list[tuple[Tensor, Tensor]] = []
+
+    def keep(into: list[tuple[Tensor, Tensor]]) -> Any:
+        return lambda _, args, out: into.append(
+            (args[0], out[0] if isinstance(out, tuple) else out)
+        )
+
+    hooks = [layer.register_forward_hook(keep(wanted)) for layer in model.model.layers]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    spec = PRINCIPAL.replace("reduction=2", "reduction=1")
+    run = memrt.prepare(model, [spec], probe_batches=source(family))
+    layers = model.model.layers
+    basis = layers[0].ladder.stem.weight.t()
+    assert (basis.t() @ basis - torch.eye(64)).abs().max() < 1e-5
+    with torch.no_grad():
+        for layer in layers:
+            layer.ladder.gate.parameter.fill_(1e4)  # the state alone goes on
+            layer.ladder.block.register_forward_hook(keep(found))
+        model(**batch)
+    run.detach()
+    assert len(found) == len(wanted)
+    for (ours, made), (theirs, output) in zip(found, wanted, strict=True):
+        assert (ours - theirs @ basis).abs().max() <= 2e-5 * theirs.abs().max()
+        assert (made - output @ basis).abs().max() <= 2e-5 * output.abs().max()
+
+
+def test_norms_keep_a_weight_s_mean_and_the_length_of_what_is_left() -> None:
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(64, 16)).Q
+    found = Principal(basis=basis, energy=torch.tensor(0.75))
+    norm = nn.LayerNorm(64)
+    nn.init.normal_(norm.weight, 1.0, 0.1)
+    nn.init.normal_(norm.bias)
+    gain = (0.75 * 64 / 16) ** 0.5
+    expected = gain * torch.einsum("hs,h,hs->s", basis, norm.weight.detach(), basis)
+    assert torch.allclose(Projection(found).of_norm(norm, "weight"), expected, atol=1e-6)
+    assert torch.allclose(Projection(found).of_norm(norm, "bias"), norm.bias.detach() @ basis)
+    channels = torch.tensor([3, 5])
+    assert torch.equal(Selection(channels).of_norm(norm, "weight"), norm.weight.detach()[channels])
+    weight = torch.randn(5, 64)
+    assert torch.equal(
+        Selection(channels).along(weight, 1), weight @ Selection(channels).matrix(64)
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "taps"),
+    [
+        *((family, taps) for family in FAMILIES for taps in ("linear", "projected")),
+        ("llama", "low_rank"),
+        ("llama", "pooled"),
+    ],
+)
+def test_it_starts_as_the_backbone_to_the_bit_trains_and_leaves_it_so(
+    family: str, taps: str
+) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(family).eval()
+    batch = tiny_batches(family, count=1)[0]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(**batch)["logits"]
+    spec = PRINCIPAL.replace("(", f"(taps='{taps}', ", 1)
+    run = memrt.prepare(model.train(), [spec], lr=1e-2, probe_batches=source(family))
+    with torch.no_grad():
+        assert torch.equal(model(**batch)["logits"], expected)
+    for _ in range(2):
+        run.train_micro_batch(lambda: model(**batch)["loss"])
+        run.step()
+    with torch.no_grad():
+        assert not torch.equal(model(**batch)["logits"], expected)
+    run.detach()
+    assert_equal(dict(model.state_dict()), before)
+
+
+def test_a_packed_backbone_gives_what_its_dense_weights_give() -> None:
+    model: Any = memrt.load(tiny_config("llama", hidden=64), ["nf4"], seed=0)
+    memrt.prepare(model, ["nf4", PRINCIPAL], probe_batches=source("llama"))
+    layer = model.model.layers[0]
+    projection = layer.self_attn.o_proj
+    basis = layer.ladder.stem.weight.t()
+    dense = projection.dense(projection.weight)
+    wanted = basis.t() @ dense
+    made = layer.ladder.block.self_attn.o_proj.weight
+    assert any(torch.allclose(made, wanted[:, s : s + made.shape[1]], atol=1e-6) for s in range(64))
+
+
+# ---------------------------------------------------------------- projected taps
+
+
+def test_projected_taps_are_the_directions_and_keep_nothing() -> None:
+    torch.manual_seed(0)
+    model: Any = tiny_model("llama")
+    spec = PRINCIPAL.replace("(", "(taps='projected', ", 1)
+    memrt.prepare(model, [spec], probe_batches=source("llama"))
+    layers = model.model.layers
+    taps = [layers[0].ladder.stem, *(layer.ladder.tap for layer in layers)]
+    assert all(torch.equal(tap.basis, taps[0].basis) for tap in taps)
+    assert not [p for tap in taps for p in tap.parameters()]
+    hidden = torch.randn(2, 3, 32, requires_grad=True)
+    assert not taps[0](hidden).requires_grad
+    assert torch.allclose(taps[0](hidden), hidden.detach() @ taps[0].basis)
+
+
+def test_they_select_where_the_side_is_cut_out_and_are_drawn_where_it_is_random() -> None:
+    torch.manual_seed(0)
+    model: Any = tiny_model("llama")
+    run = memrt.prepare(model, ["ladder(reduction=2, taps='projected')"])
+    basis = model.model.layers[0].ladder.stem.basis
+    assert torch.equal(basis.sum(dim=0), torch.ones(16))
+    assert torch.equal(basis.square(), basis)
+    run.detach()
+    memrt.prepare(model, ["ladder(reduction=2, taps='projected', init='random')"])
+    basis = model.model.layers[0].ladder.stem.basis
+    assert (basis.t() @ basis - torch.eye(16)).abs().max() < 1e-5
+
+
+def test_a_saved_side_network_needs_no_data(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tiny_model("llama").eval()
+    batch = tiny_batches("llama", count=1)[0]
+    spec = PRINCIPAL.replace("(", "(taps='projected', ", 1)
+    run = memrt.prepare(model, [spec], lr=1e-2, probe_batches=source("llama"))
+    run.train_micro_batch(lambda: model(**batch)["loss"])
+    run.step()
+    memrt.save_ladder(run, tmp_path / "side")
+    with torch.no_grad():
+        expected = model(**batch)["logits"]
+    run.detach()
+    again = memrt.load_ladder(model, tmp_path / "side")
+    with torch.no_grad():
+        assert torch.equal(model(**batch)["logits"], expected)
+    again.detach()
+
+
+# ---------------------------------------------------------------- plan, Trainer, refusals
+
+
+@pytest.mark.parametrize("init", ["principal", "fisher"])
+def test_a_plan_is_the_ledger_of_the_run_its_look_at_data_included(init: str) -> None:
+    strategies = [PRINCIPAL.replace("principal", init)]
+    config = tiny_config("llama", layers=7)
+    shape = {"batch_size": 2, "sequence_length": 16}
+    planned = plan(config, strategies, **shape)
+    parsed = registry.parse_all(strategies)
+    model = memrt.load(config, parsed, dtype=torch.float32, seed=0)
+    batch = dict(tiny_batches("llama", count=1)[0])
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    windows = [copied([batch]) for _ in range(2)]
+    with Ledger() as ledger:
+        run = start(
+            model,
+            parsed,
+            settings=RunSettings(max_grad_norm=1.0),
+            ledger=ledger,
+            probe=windows[-1][0],
+        )
+        while windows:
+            train_step(run, windows.pop())
+        ledger.close()
+    assert planned.peak_bytes == ledger.timeline.peak().peak_bytes
+    assert planned.simulation.account_maxima == ledger.timeline.account_maxima()
+
+
+def test_without_data_it_is_refused_and_the_model_is_left_alone() -> None:
+    model = tiny_model("llama").train()
+    with pytest.raises(ValueError, match=r"init='principal'.*probe_dataset.*init='magnitude'"):
+        memrt.prepare(model, [PRINCIPAL])
+    assert not [name for name, _ in model.named_parameters() if CHILD in name.split(".")]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_hidden_states_that_are_not_finite_are_refused() -> None:
+    model: Any = tiny_model("llama").train()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="hidden states of the probe set are not finite"):
+        memrt.prepare(model, [PRINCIPAL], probe_batches=source("llama"))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_cannot_be_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="use taps='projected'"):
+        memrt.prepare(nn.Linear(2, 2), [PRINCIPAL.replace("(", "(taps='selected', ", 1)])
+    with pytest.raises(ValueError, match="taps='projected' keep nothing"):
+        memrt.prepare(nn.Linear(2, 2), ["ladder(taps='projected', kept='float8')"])
+    with pytest.raises(ConflictError, match=r"use ladder\(init='random'\)"):
+        memrt.prepare(tiny_model("mixtral"), [PRINCIPAL], probe_batches=source("mixtral"))
+
+
+def test_the_trainer_s_probe_set_is_what_it_looks_at(tmp_path: Path) -> None:
+    rows = examples("llama", count=4)
+    found = []
+    for probe in (rows[:1] * 8, rows[:1] * 8, rows[1:2] * 8):
+        options = {"strategies": [PRINCIPAL.replace("2)", "1)")], "probe_dataset": probe}
+        trainer = trainer_of(tmp_path, options=options)
+        found.append(
+            {n: p.detach().clone() for n, p in trainer.model.named_parameters() if CHILD in n}
+        )
+    assert_equal(found[0], found[1])
+    assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
