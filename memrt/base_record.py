@@ -246,7 +246,7 @@ def _digest(tensors: Iterable[tuple[str, Callable[[], Tensor]]]) -> str:
     for name, make in tensors:
         tensor = make()
         digest.update(f"{name}{list(tensor.shape)}".encode())
-        for piece in tensor.reshape(-1).split(_PIECE_ELEMENTS):
+        for piece in torch.split(tensor.reshape(-1), _PIECE_ELEMENTS):
             rounded = piece.to(torch.bfloat16).contiguous().cpu()
             digest.update(rounded.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -30,7 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rota
 from memrt.adapters import has_adapter_files, load_adapters
 from memrt.base_record import base_record, require_base
 from memrt.checkpoint_loading import has_weight_files, load_weights
-from memrt.checkpoint_saving import MAX_SHARD_BYTES, saving
+from memrt.checkpoint_saving import MAX_SHARD_BYTES, saving, write_json, write_text
 from memrt.errors import CheckpointWriteError
 from memrt.ladder_files import fill_ladder, has_ladder_files
 from memrt.registry import from_json
@@ -60,6 +60,7 @@ __all__ = [
     "save_state",
     "staged",
     "write_json",
+    "write_text",
 ]
 
 STATE_NAME = "memrt_state.pt"
@@ -148,18 +149,6 @@ def staged(
         raise CheckpointWriteError(
             folder=str(final), free_bytes=shutil.disk_usage(disk).free, cause=error
         ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write so that `path` holds the old text or the whole new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that `path` holds the old text or the whole new one."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 # -------------------------------------------------------------------- the strategies' state
@@ -365,10 +354,7 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
             super()._load_best_model()
 
     def _load_beside(self, folder: Path) -> bool:
-        """What a checkpoint holds without the frozen model that it stands beside, if it does.
-
-        Not on another model: the checkpoint knows which it was.
-        """
+        """Adapters or a side network, if the folder holds such; refuses another frozen model."""
         if self._has_own_adapters(folder):
             if not self._is_sharded:
                 require_base(self._bare_model(), folder)

@@ -1,11 +1,12 @@
-"""What `save_pretrained` of a run's model writes while its Trainer saves: small files, or a part.
+"""How a run's files are written: the model's in small ones or only a part of it, JSON whole.
 
-transformers' Trainer has no argument for either, and calls the model's own method; so the model is
-given another one for the time of a save.
+transformers' Trainer has no argument for the size of files or for a part of a model, and calls the
+model's own `save_pretrained`; so the model is given another one for the time of a save.
 """
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from memrt.strategy import Attachment
 
-__all__ = ["MAX_SHARD_BYTES", "saving"]
+__all__ = ["MAX_SHARD_BYTES", "saving", "write_json", "write_text"]
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Of a file of weights."""
@@ -48,3 +49,15 @@ def saving(model: nn.Module, alone: Sequence[Attachment] = ()) -> Iterator[None]
 def _write_parts(alone: Sequence[Attachment], folder: str | Path, **_: Any) -> None:
     for part in alone:
         part.save_apart(Path(folder))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write so that `path` holds the old text or the whole new one."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that `path` holds the old text or the whole new one."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
