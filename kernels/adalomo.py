@@ -264,8 +264,9 @@ def workspace_bytes(parameter: Tensor, gradient: Tensor, *_: Any, **__: Any) -> 
         if not _is_matrix(tensor)
     )
     if uses_triton(parameter):
-        strips, _, block_columns = tiles_of(rows, columns)
-        partial = strips * columns + -(-columns // block_columns) * rows
+        strips, _block_rows, block_columns = tiles_of(rows, columns)
+        blocks = -(-columns // block_columns)
+        partial = strips * columns + blocks * rows + 2 * strips * blocks
         return num_bytes + 4 * (partial + rows + columns) + 32
     piece = 4 * min(_piece_rows(columns), rows) * columns
     narrow = piece if parameter.dtype != torch.float32 else 0
