@@ -22,6 +22,38 @@ BLOCK_RANK = 16  # with 32, two fp32 factors in two parts each do not fit into t
 NUM_WARPS = 4
 
 
+@triton.jit
+def product_tile(left_ptr, right_ptr, rank, inside, strides, BLOCK_RANK: tl.constexpr):
+    """left @ right of one tile, in fp32; pointers at its first row and column."""
+    row, column, is_row, is_column = inside
+    left_row_stride, left_rank_stride, right_rank_stride, right_column_stride = strides
+    inner = tl.arange(0, BLOCK_RANK)
+    left_offsets = row * left_row_stride + inner[None, :] * left_rank_stride
+    right_offsets = inner[:, None] * right_rank_stride + column * right_column_stride
+    product = tl.zeros((row.shape[0], column.shape[1]), dtype=tl.float32)
+    for first in range(0, rank, BLOCK_RANK):
+        is_inner = inner < rank - first
+        left = tl.load(left_ptr + left_offsets, mask=is_row & is_inner[None, :], other=0.0)
+        right = tl.load(right_ptr + right_offsets, mask=is_inner[:, None] & is_column, other=0.0)
+        product = dot_fp32(left, right, product, False)
+        left_ptr += BLOCK_RANK * left_rank_stride
+        right_ptr += BLOCK_RANK * right_rank_stride
+    return product
+
+
+@triton.jit
+def narrowed(x, index, step_ptr, key0, key1, STOCHASTIC: tl.constexpr, kind: tl.constexpr):
+    """x (fp32) in the weight's dtype; `index` are the elements' places in the whole weight."""
+    if kind == tl.bfloat16:
+        carry = nearest_carry(x)
+        if STOCHASTIC:
+            carry = random_bits(index, key0, key1, tl.load(step_ptr).to(tl.int32))
+        result = round_to_bf16(x, carry)
+    else:
+        result = x.to(kind)
+    return result
+
+
 @triton.jit(do_not_specialize=["key0", "key1"])
 def projected_update_kernel(
     weight_ptr,
@@ -60,22 +92,12 @@ def projected_update_kernel(
     first_column = (program % tiles).to(tl.int64) * BLOCK_COLUMNS
     row, column = tl.arange(0, BLOCK_ROWS)[:, None], tl.arange(0, BLOCK_COLUMNS)[None, :]
     is_row, is_column = first_row + row < num_rows, first_column + column < num_columns
-    inner = tl.arange(0, BLOCK_RANK)
     # offsets inside a tile have 32 bits, its start has 64
     left_ptr += first_row * left_row_stride
     right_ptr += first_column * right_column_stride
-    left_offsets = row * left_row_stride + inner[None, :] * left_rank_stride
-    right_offsets = inner[:, None] * right_rank_stride + column * right_column_stride
-
-    product = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-    for first in range(0, rank, BLOCK_RANK):
-        is_inner = inner < rank - first
-        left = tl.load(left_ptr + left_offsets, mask=is_row & is_inner[None, :], other=0.0)
-        right = tl.load(right_ptr + right_offsets, mask=is_inner[:, None] & is_column, other=0.0)
-        product = dot_fp32(left, right, product, False)
-        left_ptr += BLOCK_RANK * left_rank_stride
-        right_ptr += BLOCK_RANK * right_rank_stride
-
+    strides = left_row_stride, left_rank_stride, right_rank_stride, right_column_stride
+    inside = row, column, is_row, is_column
+    product = product_tile(left_ptr, right_ptr, rank, inside, strides, BLOCK_RANK)
     mask = is_row & is_column
     weight_ptr += first_row * weight_row_stride + first_column * weight_column_stride
     offsets = row * weight_row_stride + column * weight_column_stride
@@ -90,14 +112,9 @@ def projected_update_kernel(
         else:
             factors = tl.load(factors_ptr + first_row + row, mask=is_row, other=0.0)
         weight += gradient_alpha * (gradient * factors)
-    if weight_ptr.dtype.element_ty == tl.bfloat16:
-        carry = nearest_carry(weight)
-        if STOCHASTIC:
-            index = (first_row + row) * num_columns + (first_column + column)
-            carry = random_bits(index, key0, key1, tl.load(step_ptr).to(tl.int32))
-        tl.store(weight_ptr + offsets, round_to_bf16(weight, carry), mask=mask)
-    else:
-        tl.store(weight_ptr + offsets, weight.to(weight_ptr.dtype.element_ty), mask=mask)
+    index = (first_row + row) * num_columns + (first_column + column)
+    weight = narrowed(weight, index, step_ptr, key0, key1, STOCHASTIC, weight_ptr.dtype.element_ty)
+    tl.store(weight_ptr + offsets, weight, mask=mask)
 
 
 def launch(

@@ -24,15 +24,9 @@ from memrt.ladder.attach import (
 from memrt.ladder.fisher import Scores, fisher_scores
 from memrt.ladder.narrowing import Narrowing, Projection, Selection
 from memrt.ladder.principal import principal_directions
-from memrt.ladder.prune import (
-    Cut,
-    check_prunable,
-    copy_hidden,
-    copy_pruned,
-    hidden_channels,
-    linears,
-)
-from memrt.ladder.rung import EncoderEnd, Gate, Join, Rung, Stream, Tap, make_tap
+from memrt.ladder.prune import copy_hidden, copy_pruned, hidden_channels
+from memrt.ladder.roles import Cut, check_prunable, linears
+from memrt.ladder.rung import EncoderEnd, Join, Rung, Stream
 from memrt.ladder.shape import (
     Widths,
     body_of,
@@ -42,6 +36,7 @@ from memrt.ladder.shape import (
     narrow_config,
     plain_widths,
 )
+from memrt.ladder.taps import Gate, Tap, make_tap
 
 if TYPE_CHECKING:
     from memrt.session import Session

@@ -15,218 +15,33 @@ cuts across heads; here the residual stream and the heads stay consistent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from memrt.ladder.fisher import Scores
 from memrt.ladder.narrowing import Narrowing
+from memrt.ladder.roles import (
+    FUSED,
+    GATED,
+    HEAD_DIM,
+    HIDDEN,
+    INTERLEAVED,
+    KEY,
+    NEURON,
+    QUERY,
+    Cut,
+    Weight,
+    attention_group,
+    head_ratio,
+    is_transposed,
+    roles_of,
+    sizes_of,
+)
 from memrt.ladder.shape import Widths
 
-__all__ = ["Cut", "check_prunable", "copy_hidden", "copy_pruned", "hidden_channels", "linears"]
-
-_HIDDEN, _NEURON, _QUERY, _KEY, _FUSED, _INTERLEAVED, _GATED, _HEAD_DIM = (
-    "hidden",
-    "neuron",
-    "query",
-    "key",
-    "query, key and value",
-    "query, key and value of each head",
-    "gate and up",
-    "head channel",
-)
-_QUERY_NAMES = ("q", "q_proj", "query", "wq", "q_norm")
-_KEY_NAMES = ("k", "v", "k_proj", "v_proj", "key", "value", "wk", "wv", "k_norm")
-_CONCATENATED = ("c_attn", "qkv_proj", "wqkv", "qkv")
-_BY_HEAD = ("query_key_value",)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """From which widths to which, of one body."""
-
-    wide: Widths
-    narrow: Widths
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Weight:
-    """A linear weight of a block with the roles of its two axes."""
-
-    name: str
-    module: nn.Module
-    out_role: str
-    in_role: str
-    scored: tuple[Tensor, Tensor] | None = None
-
-    def dense(self) -> Tensor:
-        """[out, in]."""
-        weight = dense_weight(self.module)
-        return weight.t() if _is_transposed(self.module) else weight
-
-    def norms(self, axis: int) -> Tensor:
-        """Scores, or L1 norms, along the other axis, with a sum of one; fp32 or wider."""
-        if self.scored is None:
-            dense = self.dense()
-            dtype = torch.promote_types(dense.dtype, torch.float32)
-            found: Tensor = torch.linalg.vector_norm(dense, 1, dim=1 - axis, dtype=dtype)
-        else:
-            found = self.scored[axis]
-        return found / found.sum().clamp_(min=torch.finfo(found.dtype).tiny)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Roles:
-    """The weights of one block, by what they are part of."""
-
-    weights: list[_Weight] = field(default_factory=list)
-    groups: dict[str, list[_Weight]] = field(default_factory=dict)
-    """Weights that share heads (one attention) or neurons (one MLP)."""
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """A module's weight as numbers, whatever it is stored in."""
-    weight, dense = module.weight, getattr(module, "dense", None)
-    assert isinstance(weight, Tensor)
-    # packed layers (`nf4`, `int8`) make theirs from what they hold
-    made: Tensor = weight.detach() if dense is None else dense(weight.detach())
-    return made
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """transformers' `Conv1D`: the weight is [in, out]."""
-    return type(module).__name__ == "Conv1D"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_transposed(module)
-
-
-def _attention_group(name: str) -> str | None:
-    """The attention that a module inside a block belongs to, by its path."""
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if "attn" in part.lower() or "attention" in part.lower():
-            # T5 and BERT nest one attention in another's name
-            return ".".join(parts[: index + 1])
-    return None
-
-
-def linears(blocks: Sequence[nn.Module], cut: Cut) -> list[nn.Module]:
-    """The modules of these blocks' linear weights."""
-    return [weight.module for block in blocks for weight in _roles(block, cut.wide).weights]
-
-
-def _roles(block: nn.Module, wide: Widths, scores: Scores | None = None) -> _Roles:
-    """What every axis of every linear weight of a block is."""
-    found = _Roles()
-    linears = [(name, m) for name, m in block.named_modules() if _is_linear(m)]
-    grouped: dict[str, list[tuple[str, nn.Module]]] = {}
-    for name, module in linears:
-        grouped.setdefault(_attention_group(name) or "mlp", []).append((name, module))
-    for group, members in grouped.items():
-        weights = list(_mlp(members, wide) if group == "mlp" else _attention(members, wide))
-        if scores is not None:
-            weights = [replace(weight, scored=scores[weight.module]) for weight in weights]
-        found.weights.extend(weights)
-        found.groups[group] = weights
-    return found
-
-
-def _sizes(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):  # a quantised weight has another shape
-        return module.out_features, module.in_features
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return int(weight.shape[1]), int(weight.shape[0])
-
-
-def _attention(members: Sequence[tuple[str, nn.Module]], wide: Widths) -> Iterator[_Weight]:
-    query = wide.heads * wide.head_dim
-    output = None
-    for name, module in members:
-        out_size, in_size = _sizes(module)
-        role = _projection(name.rpartition(".")[2].lower(), out_size, wide)
-        if role is not None and in_size == wide.hidden:
-            yield _Weight(name=name, module=module, out_role=role, in_role=_HIDDEN)
-        elif output is None and (in_size, out_size) == (query, wide.hidden):
-            output = _Weight(name=name, module=module, out_role=_HIDDEN, in_role=_QUERY)
-        else:
-            raise _unknown(name, module)
-    if output is not None:
-        yield output
-
-
-def _projection(leaf: str, size: int, wide: Widths) -> str | None:
-    """What a projection of the hidden state makes, by its name and size."""
-    query, key = wide.heads * wide.head_dim, wide.kv_heads * wide.head_dim
-    if leaf in _BY_HEAD and size == query + 2 * key:
-        if wide.kv_heads == wide.heads:
-            return _INTERLEAVED
-        return _FUSED if wide.kv_heads == 1 else None
-    if leaf in _CONCATENATED and size == query + 2 * key:
-        return _FUSED
-    if leaf in _QUERY_NAMES and size == query:
-        return _QUERY
-    return _KEY if leaf in _KEY_NAMES and size == key else None
-
-
-def _mlp(members: Sequence[tuple[str, nn.Module]], wide: Widths) -> Iterator[_Weight]:
-    last_name, last = members[-1]
-    out_size, neurons = _sizes(last)
-    if out_size != wide.hidden:
-        raise _unknown(last_name, last)
-    for name, module in members[:-1]:
-        size, in_size = _sizes(module)
-        if in_size != wide.hidden or size not in (neurons, 2 * neurons):
-            raise _unknown(name, module)
-        role = _NEURON if size == neurons else _GATED
-        yield _Weight(name=name, module=module, out_role=role, in_role=_HIDDEN)
-    yield _Weight(name=last_name, module=last, out_role=_HIDDEN, in_role=_NEURON)
-
-
-def _unknown(name: str, module: nn.Module) -> ValueError:
-    out_size, in_size = _sizes(module)
-    return ValueError(
-        f"the weight {name} of {out_size} x {in_size} has a place in its block that pruning does "
-        "not know; use ladder(init='random')"
-    )
-
-
-def check_prunable(blocks: Sequence[nn.Module], cut: Cut) -> None:
-    """Refuse with `ValueError` what cannot be cut out of these blocks; computes nothing."""
-    wide, narrow, ratio = cut.wide, cut.narrow, _head_ratio(cut)
-    attends = any(_attention_group(name) for name, _ in blocks[0].named_modules())
-    group = wide.heads // wide.kv_heads
-    wider = narrow.head_dim > wide.head_dim and narrow.head_dim % wide.head_dim
-    if attends and (
-        wider or narrow.kv_heads * ratio > wide.kv_heads or narrow.heads > narrow.kv_heads * group
-    ):
-        raise ValueError(
-            f"the side's {narrow.heads} heads of {narrow.head_dim} channels cannot be cut out of "
-            f"{wide.heads} heads of {wide.head_dim}; use ladder(init='random')"
-        )
-    for block in blocks:
-        linear = {weight.name for weight in _roles(block, wide).weights}
-        for name, parameter in block.named_parameters():
-            if name.rpartition(".")[0] not in linear and not _is_known_vector(name, parameter, cut):
-                raise ValueError(
-                    f"the parameter {name} of shape {list(parameter.shape)} has a place in its "
-                    "block that pruning does not know; use ladder(init='random')"
-                )
-
-
-def _is_known_vector(name: str, parameter: Tensor, cut: Cut) -> bool:
-    wide = cut.wide
-    if name.endswith(("in_proj_weight", "in_proj_bias", "relative_attention_bias.weight")):
-        return True
-    sizes = [wide.hidden]
-    if f".{name}".rpartition(".")[0].endswith(("q_norm", "k_norm")):
-        sizes += [wide.head_dim, wide.heads * wide.head_dim, wide.kv_heads * wide.head_dim]
-    return parameter.ndim == 1 and parameter.shape[0] in sizes
-
+__all__ = ["copy_hidden", "copy_pruned", "hidden_channels"]
 
 # ---------------------------------------------------------------- which to keep
 
@@ -235,9 +50,9 @@ def hidden_channels(blocks: Sequence[nn.Module], cut: Cut, scores: Scores | None
     """The hidden channels that the side keeps, in order: one set for all blocks."""
     score: Tensor | None = None
     for block in blocks:
-        for weight in _roles(block, cut.wide, scores).weights:
+        for weight in roles_of(block, cut.wide, scores).weights:
             for axis, role in enumerate((weight.out_role, weight.in_role)):
-                if role == _HIDDEN:
+                if role == HIDDEN:
                     norms = weight.norms(axis)
                     score = norms if score is None else score + norms
     assert score is not None
@@ -250,10 +65,10 @@ def _top(score: Tensor, count: int) -> Tensor:
     return best.sort(dim=-1).values
 
 
-def _head_sets(weights: Sequence[_Weight], cut: Cut) -> tuple[Tensor, Tensor]:
+def _head_sets(weights: Sequence[Weight], cut: Cut) -> tuple[Tensor, Tensor]:
     """The query heads and key-value heads that one attention keeps."""
     wide, narrow = cut.wide, cut.narrow
-    num_query, num_key = narrow.heads * _head_ratio(cut), narrow.kv_heads * _head_ratio(cut)
+    num_query, num_key = narrow.heads * head_ratio(cut), narrow.kv_heads * head_ratio(cut)
     group = wide.heads // wide.kv_heads
     query, key = _head_scores(weights, wide)
     keys = _top(key, num_key)  # [num_key]
@@ -262,12 +77,12 @@ def _head_sets(weights: Sequence[_Weight], cut: Cut) -> tuple[Tensor, Tensor]:
     return (keys[:, None] * group + inside).flatten(), keys
 
 
-def _head_scores(weights: Sequence[_Weight], wide: Widths) -> tuple[Tensor, Tensor]:
+def _head_scores(weights: Sequence[Weight], wide: Widths) -> tuple[Tensor, Tensor]:
     """Scores of query heads [heads] and of key-value heads [kv heads] with their group."""
     query = key = None
     for weight in weights:
-        role = weight.in_role if weight.out_role == _HIDDEN else weight.out_role
-        norms = weight.norms(1 if weight.out_role == _HIDDEN else 0)
+        role = weight.in_role if weight.out_role == HIDDEN else weight.out_role
+        norms = weight.norms(1 if weight.out_role == HIDDEN else 0)
         of_query, of_key = _split_scores(norms, role, wide)
         query = of_query if query is None else query if of_query is None else query + of_query
         key = of_key if key is None else key if of_key is None else key + of_key
@@ -278,11 +93,11 @@ def _head_scores(weights: Sequence[_Weight], wide: Widths) -> tuple[Tensor, Tens
 
 def _split_scores(norms: Tensor, role: str, wide: Widths) -> tuple[Tensor | None, Tensor | None]:
     by_head = norms.view(-1, wide.head_dim).sum(dim=1)
-    if role == _QUERY:
+    if role == QUERY:
         return by_head, None
-    if role == _KEY:
+    if role == KEY:
         return None, by_head
-    if role == _FUSED:
+    if role == FUSED:
         query, key, value = torch.split(by_head, [wide.heads, wide.kv_heads, wide.kv_heads])
         return query, key + value
     return by_head.view(-1, 3).sum(dim=1), None
@@ -295,27 +110,22 @@ def _kept_channels(cut: Cut, device: torch.device) -> Tensor:
     return torch.cat([half, half + wide // 2])
 
 
-def _head_ratio(cut: Cut) -> int:
-    """Of how many of the backbone's heads a wider side head takes the channels."""
-    return max(1, cut.narrow.head_dim // cut.wide.head_dim)
-
-
 def _of_heads(heads: Tensor, channels: Tensor, head_dim: int) -> Tensor:
     return (heads[:, None] * head_dim + channels).flatten()
 
 
 def _sets_of(
-    group: str, weights: Sequence[_Weight], cut: Cut, num_neurons: int
+    group: str, weights: Sequence[Weight], cut: Cut, num_neurons: int
 ) -> dict[str, Tensor]:
     """For every role in one attention or MLP, what is kept."""
     if group == "mlp":
         parts = []
         for weight in weights:
-            norms = weight.norms(1 if weight.out_role == _HIDDEN else 0)
-            parts.append(norms.view(2, -1).sum(dim=0) if weight.out_role == _GATED else norms)
+            norms = weight.norms(1 if weight.out_role == HIDDEN else 0)
+            parts.append(norms.view(2, -1).sum(dim=0) if weight.out_role == GATED else norms)
         score = torch.stack(parts).sum(dim=0)
         kept = _top(score, num_neurons)
-        return {_NEURON: kept, _GATED: torch.cat([kept, kept + score.shape[0]])}
+        return {NEURON: kept, GATED: torch.cat([kept, kept + score.shape[0]])}
     queries, keys = _head_sets(weights, cut)
     wide = cut.wide
     channels = _kept_channels(cut, queries.device)
@@ -325,11 +135,11 @@ def _sets_of(
     width = wide.kv_heads * wide.head_dim
     three = queries[:, None] * 3 + torch.arange(3, device=queries.device)
     return {
-        _QUERY: query,
-        _KEY: key,
-        _FUSED: torch.cat([query, key + offset, key + offset + width]),
-        _INTERLEAVED: _of_heads(three.flatten(), channels, wide.head_dim),
-        _HEAD_DIM: channels.repeat(_head_ratio(cut)),
+        QUERY: query,
+        KEY: key,
+        FUSED: torch.cat([query, key + offset, key + offset + width]),
+        INTERLEAVED: _of_heads(three.flatten(), channels, wide.head_dim),
+        HEAD_DIM: channels.repeat(head_ratio(cut)),
         "heads": queries,
     }
 
@@ -345,11 +155,11 @@ def copy_pruned(
     scores: Scores | None = None,
 ) -> Tensor | None:
     """Fill a side block from its backbone block; returns the query heads of its self-attention."""
-    roles = _roles(source, cut.wide, scores)
+    roles = roles_of(source, cut.wide, scores)
     modules = dict(target.named_modules())
     sets: dict[str, dict[str, Tensor]] = {}
     for group, weights in roles.groups.items():
-        num_neurons = _sizes(modules[weights[-1].name])[1]
+        num_neurons = sizes_of(modules[weights[-1].name])[1]
         sets[group] = _sets_of(group, weights, cut, num_neurons)
         for weight in weights:
             _copy_linear(weight, modules[weight.name], sets[group], narrowing)
@@ -359,9 +169,9 @@ def copy_pruned(
         if owner in linear:
             continue
         wide = source.get_parameter(name).detach()
-        own = sets.get(_attention_group(owner) or "mlp", {})
+        own = sets.get(attention_group(owner) or "mlp", {})
         if name.endswith(("in_proj_weight", "in_proj_bias")):  # of nn.MultiheadAttention
-            rows = wide.index_select(0, own[_FUSED])
+            rows = wide.index_select(0, own[FUSED])
             _copy(parameter, narrowing.along(rows, 1) if rows.ndim == 2 else rows)
             continue
         kept = _of_heads_norm(name, wide, cut, own)
@@ -375,21 +185,21 @@ def copy_pruned(
 
 
 def _copy_linear(
-    weight: _Weight, target: nn.Module, sets: dict[str, Tensor], narrowing: Narrowing
+    weight: Weight, target: nn.Module, sets: dict[str, Tensor], narrowing: Narrowing
 ) -> None:
     def along(tensor: Tensor, axis: int, role: str) -> Tensor:
-        if role == _HIDDEN:
+        if role == HIDDEN:
             return narrowing.along(tensor, axis)
         return tensor.index_select(axis, sets[role])
 
     # heads and neurons first: what is multiplied is then small
-    axes = sorted(enumerate((weight.out_role, weight.in_role)), key=lambda each: each[1] == _HIDDEN)
+    axes = sorted(enumerate((weight.out_role, weight.in_role)), key=lambda each: each[1] == HIDDEN)
     cut = weight.dense()
     for axis, role in axes:
         cut = along(cut, axis, role)
     parameter, bias = target.weight, target.bias
     assert isinstance(parameter, Tensor)
-    _copy(parameter, cut.t() if _is_transposed(target) else cut)
+    _copy(parameter, cut.t() if is_transposed(target) else cut)
     if isinstance(bias, Tensor):
         wide = weight.module.bias
         assert isinstance(wide, Tensor)
@@ -402,8 +212,8 @@ def _of_heads_norm(name: str, wide: Tensor, cut: Cut, sets: dict[str, Tensor]) -
     if wide.ndim != 1 or leaf not in ("q_norm", "k_norm"):
         return None
     if wide.shape[0] == cut.wide.head_dim:
-        return sets[_HEAD_DIM]
-    return sets[_QUERY if leaf == "q_norm" else _KEY]
+        return sets[HEAD_DIM]
+    return sets[QUERY if leaf == "q_norm" else KEY]
 
 
 def copy_hidden(source: nn.Module, target: nn.Module, narrowing: Narrowing) -> None:
