@@ -41,14 +41,15 @@ from benchmarks.record import RESULTS, conditions, make_record, write_json, writ
 __all__ = ["PROXY", "Settings", "Workplace", "main", "train_stack"]
 
 _COUNTED_STEPS = 3
+_PROBE_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What all runs have in common."""
 
-    rows: int = 3600
-    max_tokens: int = 24
+    rows: int = 6320  # all that are not held out
+    max_tokens: int = 64
     batch_size: int = 16
     epochs: int = 1
     warmup: float = 0.1
@@ -59,7 +60,7 @@ class Settings:
         return self.epochs * (self.rows // self.batch_size)
 
 
-PROXY = Settings(rows=2400)
+PROXY = Settings(rows=2400, max_tokens=24)
 """A shorter run of the same kind, by which learning rates are chosen."""
 
 
@@ -128,6 +129,7 @@ def _trainer(
         model=model,
         args=arguments,
         train_dataset=list(rows),
+        probe_dataset=list(rows[:_PROBE_ROWS]) if stack.probes else None,
         data_collator=collator,
         compute_metrics=lambda found: {
             "accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())

@@ -36,6 +36,8 @@ class Stack:
     rates: str = "adamw"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """`TrainingArguments` that the stack needs."""
+    probes: bool = False
+    """Whether it looks at training rows before the first step."""
 
 
 RATES: dict[str, Rates] = {
@@ -47,7 +49,7 @@ RATES: dict[str, Rates] = {
         rates=(1e-4, 2e-4, 3e-4), reason="a layer trains a third of the time, so it goes further"
     ),
     "badam": Rates(
-        rates=(5e-4, 1e-3), reason="a block trains a seventh of the time, so it goes further"
+        rates=(2e-4, 3e-4, 5e-4), reason="a block trains a seventh of the time, so it goes further"
     ),
     "galore": Rates(rates=(1e-4, 3e-4), reason="only a quarter of every weight's directions moves"),
     "apollo": Rates(rates=(1e-4, 3e-4), reason="AdamW's size of update, along the gradient"),
@@ -62,7 +64,7 @@ RATES: dict[str, Rates] = {
     ),
     "lora": Rates(rates=(5e-4, 1e-3, 2e-3, 3e-3), reason="adapters begin at zero and are small"),
     "ladder": Rates(
-        rates=(5e-4, 1e-3, 2e-3, 3e-3),
+        rates=(3e-4, 5e-4, 1e-3, 2e-3),
         reason="a new network beside the model, which begins at nothing",
     ),
 }
@@ -71,9 +73,9 @@ _FREE = {"max_grad_norm": 0.0}  # one pass has no norm to clip by
 _HEAD = "options={'modules_to_save': ['classifier']}"
 _LORA = f"peft(rank=16, {_HEAD})"
 _GALORE = "galore(rank=96, every=20, scale=1.0)"
-_BADAM = "badam(every=8, order='descending', head=True)"
+_BADAM = "badam(every=4, order='descending', head=True)"
 _LISA = "lisa(layers=2, every=10)"
-_LADDER = "ladder(reduction=4)"
+_LADDER = "ladder(reduction=4, init='principal')"
 
 STACKS: dict[str, Stack] = {
     BASELINE: Stack(),
@@ -99,12 +101,15 @@ STACKS: dict[str, Stack] = {
     "lora + fused_lora": Stack(strategies=(_LORA, "fused_lora"), rates="lora"),
     "nf4 + lora": Stack(strategies=("nf4", _LORA), rates="lora"),
     "int8 + lora": Stack(strategies=("int8", _LORA), rates="lora"),
-    "ladder": Stack(strategies=(_LADDER,), rates="ladder"),
+    "ladder": Stack(strategies=(_LADDER,), rates="ladder", probes=True),
+    "ladder, projected taps": Stack(
+        strategies=(f"{_LADDER[:-1]}, taps='projected')",), rates="ladder", probes=True
+    ),
     "ladder, low-rank taps": Stack(
-        strategies=("ladder(reduction=4, taps='low_rank')",), rates="ladder"
+        strategies=(f"{_LADDER[:-1]}, taps='low_rank')",), rates="ladder", probes=True
     ),
     "ladder, pooled taps": Stack(
-        strategies=("ladder(reduction=4, taps='pooled')",), rates="ladder"
+        strategies=(f"{_LADDER[:-1]}, taps='pooled')",), rates="ladder", probes=True
     ),
     "ladder, selected taps": Stack(
         strategies=("ladder(reduction=4, taps='selected')",), rates="ladder"
@@ -117,7 +122,7 @@ STACKS: dict[str, Stack] = {
     "nf4 + lora + activation_checkpoint": Stack(
         strategies=("nf4", _LORA, "activation_checkpoint"), rates="lora"
     ),
-    "nf4 + ladder": Stack(strategies=("nf4", _LADDER), rates="ladder"),
+    "nf4 + ladder": Stack(strategies=("nf4", _LADDER), rates="ladder", probes=True),
 }
 """The one that nothing trains without comes first. Ranks are a quarter of the model's width, and
 intervals are cut to runs of a hundred steps. Adapters' heads train with them (`modules_to_save`):
