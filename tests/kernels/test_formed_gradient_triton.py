@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from memrt.kernels import formed_gradient as module
 from memrt.kernels.formed_gradient import (
     add_channels_,
     add_channels_reference,
     channel_norms,
     channel_norms_reference,
+    norms_workspace_bytes,
 )
 from memrt.kernels.stochastic_rounding import (
     Rounding,
@@ -23,6 +25,7 @@ from memrt.kernels.stochastic_rounding import (
 )
 from tests.kernels.aot import ARCHITECTURES, SHARED_LIMIT_BYTES, compile_ahead
 from tests.kernels.interpreter import call_interpreted
+from tests.kernels.live_bytes import LiveBytes
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -109,7 +112,11 @@ def test_the_interpreted_norms_are_as_close_to_fp64_as_the_reference() -> None:
     found = call_interpreted(
         "tests.kernels.test_formed_gradient_triton:norms_into",
         [
-            {**call, "norms": torch.full((max(call["matrix"].shape),), float("nan"))}
+            {
+                **call,
+                "norms": torch.full((max(call["matrix"].shape),), float("nan")),
+                "bytes_found": torch.zeros(2),
+            }
             for call in calls
         ],
     )
@@ -118,11 +125,16 @@ def test_the_interpreted_norms_are_as_close_to_fp64_as_the_reference() -> None:
         plain = channel_norms_reference(**call).double()
         limit = 2 * (plain - truth).abs().max() + 4 * EPS * truth.max()
         assert float((left["norms"].double() - truth).abs().max()) <= float(limit)
+        seen, declared = left["bytes_found"].tolist()
+        assert seen == declared + 4 * truth.numel()
 
 
-def norms_into(matrix: Tensor, left: bool, norms: Tensor) -> None:
-    """What the interpreter's process calls: results come back in arguments."""
-    norms.copy_(channel_norms(matrix, left=left))
+def norms_into(matrix: Tensor, left: bool, norms: Tensor, bytes_found: Tensor) -> None:
+    """What the interpreter's process calls: results and bytes come back in arguments."""
+    with LiveBytes([matrix, norms, bytes_found]) as seen:
+        found = module._channel_norms._init_fn(matrix, left)
+    norms.copy_(found)
+    bytes_found.copy_(torch.tensor([seen.peak_bytes, norms_workspace_bytes(matrix, left)]))
 
 
 def check(found: dict[int, Any], record_property: Callable[[str, object], None]) -> None:
