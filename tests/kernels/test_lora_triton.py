@@ -22,7 +22,14 @@ MAX_REGISTERS = 128
 
 
 def call_of(
-    tokens: int, width: int, out: int, rank: int, base: torch.dtype, adapter: torch.dtype
+    tokens: int,
+    width: int,
+    out: int,
+    rank: int,
+    base: torch.dtype,
+    adapter: torch.dtype,
+    *,
+    dropout: float = 0.0,
 ) -> dict[str, Any]:
     """Inputs and the gradient of Z, with results that are poisoned."""
     generator = torch.Generator().manual_seed(tokens + rank)
@@ -36,6 +43,7 @@ def call_of(
         "a": (made(rank, width, to=torch.float32) / width**0.5).to(adapter),
         "b": (made(out, rank, to=torch.float32) / rank**0.5).to(adapter),
         "gradient": made(tokens, out, to=base),
+        "dropout": dropout,
     }
     shapes = zip(RESULTS, ("y", "y", "x", "a", "b"), strict=True)
     return call | {name: torch.full_like(call[like], float("nan")) for name, like in shapes}
@@ -52,7 +60,8 @@ def results_of(call: dict[str, Any], operator: Any, *, wide: bool = False) -> di
         (each.double() if wide else each.detach().clone()).requires_grad_()
         for each in (call["y"], call["x"], call["a"], call["b"])
     ]
-    result = operator(*leaves, scaling=SCALING, dropout=0.0)
+    torch.manual_seed(3)  # of the dropout
+    result = operator(*leaves, scaling=SCALING, dropout=call["dropout"])
     gradients = torch.autograd.grad(result, leaves, call["gradient"].to(result.dtype))
     return dict(zip(RESULTS, (result.detach(), *gradients), strict=True))
 
@@ -78,6 +87,7 @@ def test_the_interpreted_kernels_are_as_close_to_fp64_as_the_reference() -> None
             (67, 100, 72, 8, half, half),
         )
     ]
+    calls.append(call_of(70, 40, 24, 8, single, single, dropout=0.3))
     found = call_interpreted("tests.kernels.test_lora_triton:fill", calls)
     for call, left in zip(calls, found, strict=True):
         assert_as_close_as_the_reference(call, left)
@@ -146,6 +156,7 @@ def test_a_gpu_is_as_close_to_fp64_as_the_reference() -> None:
     for base in (torch.float32, torch.bfloat16, torch.float16):
         for rank in (4, 16, 72):
             call = call_of(2100, 520, 200, rank, base, torch.float32)
-            found = results_of({name: value.cuda() for name, value in call.items()}, lora)
+            on_device = {n: v.cuda() if isinstance(v, Tensor) else v for n, v in call.items()}
+            found = results_of(on_device, lora)
             moved = {name: value.cpu() for name, value in found.items()}
             assert_as_close_as_the_reference(call, moved)
