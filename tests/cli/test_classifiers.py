@@ -109,3 +109,17 @@ def test_what_cannot_be_is_one_line(memrt: Command, words: list[str], expected: 
     assert result.code == 1
     assert expected in result.error
     assert "Traceback" not in result.err
+
+
+def test_a_new_head_is_put_on_weights_without_one(memrt: Command) -> None:
+    from memrt.embedded import embedded_tokenizer
+
+    transformers.AutoModel.from_config(transformers.BertConfig(**BERT)).save_pretrained("weights")
+    embedded_tokenizer(300).save_pretrained("tokens")
+    words = ["--model", "weights", *DATA, "--tokenizer", "tokens", "--json"]
+    planned = memrt("plan", *words).report
+    with pytest.warns(UserWarning, match=r"lacks weights of BertForSequenceClassification.*class"):
+        found = memrt("profile", *words, "--steps", 4)
+    assert found.code == 0, found.err
+    assert found.report["peak_bytes"] == planned["peak_bytes"]
+    assert found.report["conditions"]["weights"] == "loaded"
