@@ -38,7 +38,7 @@ from benchmarks.quality.sst2_record import CLAIM, GOAL, NAME, outcome, refusals
 from benchmarks.quality.sst2_stacks import RATES, RATES_FILE, STACKS, Stack, chosen_rate
 from benchmarks.record import RESULTS, conditions, make_record, write_json, write_record
 
-__all__ = ["PROXY", "Settings", "Workplace", "main", "train_stack"]
+__all__ = ["Settings", "Workplace", "main", "train_stack"]
 
 _COUNTED_STEPS = 3
 _PROBE_ROWS = 512
@@ -58,10 +58,6 @@ class Settings:
     def steps(self) -> int:
         """Optimizer steps of a run."""
         return self.epochs * (self.rows // self.batch_size)
-
-
-PROXY = Settings(rows=2400, max_tokens=24)
-"""A shorter run of the same kind, by which learning rates are chosen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,8 +245,9 @@ def _choose_rates(place: Workplace, groups: Sequence[str]) -> None:
             "chosen": best,
             "reason": RATES[group].reason,
             "held_out": {f"{rate:g}": value for rate, value in tried.items()},
+            "settings": asdict(place.settings),
         }
-        write_json(RATES_FILE, {**kept, "settings": asdict(place.settings)})
+        write_json(RATES_FILE, kept)
 
 
 def _compare(place: Workplace, options: argparse.Namespace) -> None:
@@ -315,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         choices=RATES,
         metavar="GROUP",
-        help="by short proxies: all groups, or these",
+        help="all groups, or these; by runs of --rows that are judged on held-out rows",
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: benchmarks/results")
     return parser
@@ -337,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         folder = options.folder / "rates" if chooses else options.folder
-        place = _workplace(folder, data, PROXY if chooses else settings)
+        place = _workplace(folder, data, settings)
     except ValueError as error:
         parser.error(str(error))
     logger = logging.getLogger("memrt")

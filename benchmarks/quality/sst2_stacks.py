@@ -2,7 +2,7 @@
 
 Every stack names a group of rates: stacks whose update is the same share one. For each group
 `python -m benchmarks.quality.sst2 FOLDER --choose-rates` trains its first stack with every rate of
-the group in a shorter run and takes the one with the lowest loss on held-out rows of the training
+the group and takes the one with the lowest loss on held-out rows of the training
 file, never of the dev file; `sst2_rates.json` holds what came out.
 """
 

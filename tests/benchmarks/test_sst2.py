@@ -67,10 +67,10 @@ def runs(accuracies: dict[str, tuple[float, ...]]) -> list[dict[str, Any]]:
 
 def test_every_stack_is_one_with_a_rate_that_held_out_rows_chose() -> None:
     chosen = json.loads(RATES_FILE.read_text("utf-8"))
-    assert chosen["settings"] == asdict(sst2.PROXY)
     for stack in STACKS.values():
         registry.parse_all(stack.strategies)
         group = chosen["groups"][stack.rates]
+        assert group["settings"].keys() == asdict(sst2.Settings()).keys()
         assert list(group["held_out"]) == [f"{rate:g}" for rate in RATES[stack.rates].rates]
         best = min(value["loss"] for value in group["held_out"].values())
         assert group["held_out"][f"{chosen_rate(stack):g}"]["loss"] == best
