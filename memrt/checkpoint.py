@@ -32,7 +32,6 @@ from memrt.base_record import base_record, require_base
 from memrt.checkpoint_loading import has_weight_files, load_weights
 from memrt.checkpoint_saving import MAX_SHARD_BYTES, saving, write_json, write_text
 from memrt.errors import CheckpointWriteError
-from memrt.ladder_files import fill_ladder, has_ladder_files
 from memrt.registry import from_json
 from memrt.session import STATE_VERSION
 
@@ -354,16 +353,12 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
             super()._load_best_model()
 
     def _load_beside(self, folder: Path) -> bool:
-        """Adapters or a side network, if the folder holds such; refuses another frozen model."""
-        if self._has_own_adapters(folder):
-            if not self._is_sharded:
-                require_base(self._bare_model(), folder)
-            load_adapters(self.model, folder)
-        elif self._strategies and has_ladder_files(folder):
-            assert self.session is not None
-            fill_ladder(self.session, folder)
-        else:
-            return False
+        """What stands beside a frozen model, if the folder holds such; refuses another model."""
+        if not self._has_own_adapters(folder):
+            return any(each.load_apart(folder) for each in self._standing_alone())
+        if not self._is_sharded:
+            require_base(self._bare_model(), folder)
+        load_adapters(self.model, folder)
         return True
 
     def _streams_weights(self, folder: Path) -> bool:

@@ -5,20 +5,18 @@ What is in the files says `memrt.ladder.files`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from memrt import registry
 from memrt.ladder.files import (
     CONFIG_NAME,
-    VERSION,
     WEIGHTS_NAME,
+    fill_side,
     fingerprint,
-    side_tensors,
+    read_config,
     write_ladder,
 )
 from memrt.session import Session
@@ -32,9 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONFIG_NAME",
     "WEIGHTS_NAME",
-    "fill_ladder",
     "fingerprint",
-    "has_ladder_files",
     "load_ladder",
     "save_ladder",
 ]
@@ -70,26 +66,15 @@ def load_ladder(
     `detach()` takes the side network off again.
     """
     source = Path(folder)
-    config = _config(source)
-    ladder = registry.from_json(config["ladder"])
+    ladder = registry.from_json(read_config(source)["ladder"])
     assert isinstance(ladder, Ladder)
     run = Session(model, registry.parse_all([*strategies, ladder]))
     try:
-        _fill(run, ladder, source, config)
+        fill_side(model, source, trained=ladder.trained_head(run.facts))
     except BaseException:
         run.detach()
         raise
     return run
-
-
-def has_ladder_files(folder: str | Path) -> bool:
-    """Whether a folder holds a side network alone."""
-    return all((Path(folder) / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
-
-
-def fill_ladder(run: Session, folder: str | Path) -> None:
-    """Load a side network into a session that carries one of the same settings."""
-    _fill(run, _settings(run), Path(folder), _config(Path(folder)))
 
 
 def _settings(run: Session) -> Ladder:
@@ -97,44 +82,3 @@ def _settings(run: Session) -> Ladder:
         if isinstance(strategy, Ladder) and run.attachments:
             return strategy
     raise ValueError("this session carries no ladder; give it the strategy 'ladder'")
-
-
-def _config(source: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((source / CONFIG_NAME).read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{source} has no {CONFIG_NAME}; name what save_ladder wrote") from None
-    if config.get("version") != VERSION:
-        raise ValueError(
-            f"{source} has version {config.get('version')!r}, this memrt reads {VERSION}; load it "
-            "with the memrt that wrote it"
-        )
-    return config
-
-
-def _fill(run: Session, ladder: Ladder, source: Path, config: Mapping[str, Any]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    trained = ladder.trained_head(run.facts)
-    if fingerprint(run.model, trained=trained) != config["backbone"]:
-        raise ValueError(
-            f"{source} was trained beside another backbone (a {config['model']}) than this "
-            f"{type(run.model).__name__}; load the model that it was trained on"
-        )
-    path = source / WEIGHTS_NAME
-    try:
-        saved = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path}: not a whole safetensors file ({error}); copy it again"
-        ) from error
-    here = dict(side_tensors(run.model, set(trained)))
-    if saved.keys() != here.keys():
-        differing = sorted(saved.keys() ^ here.keys())[0]
-        raise ValueError(f"{source} does not fit this model: {differing} is in one of them only")
-    with torch.no_grad():
-        for name, tensor in here.items():
-            if saved[name].shape != tensor.shape:
-                raise ValueError(f"{source} does not fit this model: {name} has another shape")
-            tensor.copy_(saved[name])

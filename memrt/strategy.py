@@ -279,6 +279,10 @@ class Attachment:
         """Write what trained, without the model that it belongs to, into a folder."""
         raise NotImplementedError
 
+    def load_apart(self, folder: Path) -> bool:
+        """Load what `save_apart` wrote into a folder; False where it is not there."""
+        return False
+
     def export(self, model: nn.Module) -> None:
         """Turn `model` into what plain transformers loads. Default: it already is."""
 

@@ -23,7 +23,17 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
-__all__ = ["CONFIG_NAME", "VERSION", "WEIGHTS_NAME", "fingerprint", "side_tensors", "write_ladder"]
+__all__ = [
+    "CONFIG_NAME",
+    "VERSION",
+    "WEIGHTS_NAME",
+    "fill_side",
+    "fingerprint",
+    "has_ladder_files",
+    "read_config",
+    "side_tensors",
+    "write_ladder",
+]
 
 CONFIG_NAME = "ladder.json"
 WEIGHTS_NAME = "ladder.safetensors"
@@ -45,6 +55,54 @@ def write_ladder(
     tensors = {name: t.detach().contiguous() for name, t in side_tensors(model, trained)}
     save_file(tensors, folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def has_ladder_files(folder: Path) -> bool:
+    """Whether a folder holds a side network alone."""
+    return all((folder / name).is_file() for name in (CONFIG_NAME, WEIGHTS_NAME))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`ladder.json`, of a version that is read here."""
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {CONFIG_NAME}; name what save_ladder wrote") from None
+    if config.get("version") != VERSION:
+        raise ValueError(
+            f"{folder} has version {config.get('version')!r}, this memrt reads {VERSION}; load it "
+            "with the memrt that wrote it"
+        )
+    return config
+
+
+def fill_side(model: nn.Module, folder: Path, *, trained: Collection[str]) -> None:
+    """Load a side network into one of the same settings, on the backbone it was trained beside."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = read_config(folder)
+    if fingerprint(model, trained=trained) != config["backbone"]:
+        raise ValueError(
+            f"{folder} was trained beside another backbone (a {config['model']}) than this "
+            f"{type(model).__name__}; load the model that it was trained on"
+        )
+    path = folder / WEIGHTS_NAME
+    try:
+        saved = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({error}); copy it again"
+        ) from error
+    here = dict(side_tensors(model, set(trained)))
+    if saved.keys() != here.keys():
+        differing = sorted(saved.keys() ^ here.keys())[0]
+        raise ValueError(f"{folder} does not fit this model: {differing} is in one of them only")
+    with torch.no_grad():
+        for name, tensor in here.items():
+            if saved[name].shape != tensor.shape:
+                raise ValueError(f"{folder} does not fit this model: {name} has another shape")
+            tensor.copy_(saved[name])
 
 
 def _without_data(settings: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -34,7 +34,7 @@ from torch import nn
 from memrt.kernels.ladder import KEPT
 from memrt.ladder.attach import final_norm, task_head
 from memrt.ladder.build import build_ladder, prunes
-from memrt.ladder.files import write_ladder
+from memrt.ladder.files import fill_side, has_ladder_files, write_ladder
 from memrt.ladder.shape import body_of, narrow_config
 from memrt.profiling.accounts import Account
 from memrt.registry import register
@@ -267,6 +267,13 @@ class _Ladder(Attachment):
             settings=self.settings.to_json(),
             trained=self.settings.trained_head(self.run.facts),
         )
+
+    def load_apart(self, folder: Path) -> bool:
+        """The side network, on the backbone that it was trained beside only."""
+        if not has_ladder_files(folder):
+            return False
+        fill_side(self.run.model, folder, trained=self.settings.trained_head(self.run.facts))
+        return True
 
     def export(self, model: nn.Module) -> None:
         """A side network is no part of any plain model."""
