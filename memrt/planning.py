@@ -183,7 +183,8 @@ def simulate(
     with ExitStack() as stack:
         mode = stack.enter_context(fake_tensors())
         ledger = Ledger()
-        windows = _batches_of_steps(mode, window, steps + 1)  # the last is evaluated
+        # one to look at, one a step, one to evaluate: what is kept of one ends with its step
+        windows = _batches_of_steps(mode, window, steps + 2)
         loading = Ledger()
         with fake_initialisers(), loading:
             model = build()
@@ -198,7 +199,7 @@ def simulate(
                 settings=settings,
                 ledger=ledger,
                 loss_of=loss_of,
-                probe=windows[-1][0],
+                probe=windows.pop()[0],
             )
         while len(windows) > 1:
             train_step(run, windows.pop(), read_values=False)
