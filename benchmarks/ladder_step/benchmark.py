@@ -50,7 +50,10 @@ STACKS: dict[str, list[str]] = {
 }
 
 DEFAULTS: dict[str, Any] = {
-    "cases": [{"size": "0.1B", "tokens": 512}, {"size": "0.5B", "tokens": 512}],
+    "cases": [
+        {"size": "0.1B", "tokens": 512},
+        {"size": "1B", "layers": 4, "vocabulary": 4096, "tokens": 512},
+    ],
     "sequence_length": 512,
     "steps": 6,
     "warm_up": 1,
