@@ -125,7 +125,7 @@ def _trainer(
         model=model,
         args=arguments,
         train_dataset=list(rows),
-        probe_dataset=list(rows[:_PROBE_ROWS]) if stack.probes else None,
+        probe_dataset=list(place.sst2.train[:_PROBE_ROWS]) if stack.probes else None,
         data_collator=collator,
         compute_metrics=lambda found: {
             "accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())
