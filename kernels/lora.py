@@ -148,7 +148,8 @@ def _forward(
 ) -> Tensor:
     """Z, with products in `dtype`."""
     flat_x, flat_output = _flat(x), _flat(output)
-    result = torch.empty_like(flat_output, memory_format=torch.contiguous_format)
+    made = output.new_empty(output.shape)  # no view, which nothing could change in place
+    result = made.view(flat_output.shape)
     if _in_triton(x, dtype):
         from memrt.kernels._triton.lora import launch_forward
 
@@ -161,7 +162,7 @@ def _forward(
             result[piece] = flat_output[piece] + functional.linear(
                 functional.linear(flat_x[piece].to(dtype), low_a), low_b
             ).mul_(scaling)
-    return result.view(output.shape)
+    return made
 
 
 @_forward.register_fake
@@ -187,7 +188,7 @@ def _backward(
     """dX (empty unless it is needed), dA and dB, with products in `dtype`."""
     flat_x, flat = _flat(x), _flat(gradient)
     made = [
-        torch.empty(flat_x.shape if needs_x else 0, dtype=x.dtype, device=x.device),
+        torch.empty(x.shape if needs_x else 0, dtype=x.dtype, device=x.device),
         torch.empty(a.shape, dtype=a.dtype, device=a.device),
         torch.empty(b.shape, dtype=b.dtype, device=b.device),
     ]
@@ -197,10 +198,11 @@ def _backward(
         hidden, low = flat_x.new_empty(2, flat_x.shape[0], a.shape[0], dtype=dtype).unbind()
         flat, flat_x, a, b = (t.contiguous() for t in (flat, flat_x, a, b))
         dx, da, db = made
-        launch_backward(flat, flat_x, a, b, hidden, low, dx if needs_x else None, da, db, scaling)
+        flat_dx = _flat(dx) if needs_x else None
+        launch_backward(flat, flat_x, a, b, hidden, low, flat_dx, da, db, scaling)
     else:
         _backward_in_pieces(flat, flat_x, a.to(dtype), b.to(dtype), scaling, made)
-    return made[0].view(x.shape) if needs_x else made[0], made[1], made[2]
+    return made[0], made[1], made[2]
 
 
 @_backward.register_fake
@@ -221,6 +223,7 @@ def _backward_in_pieces(
 ) -> None:
     """Fill `made`, for gradient [tokens, out], x [tokens, in], A and B in the product's dtype."""
     x_gradient, a_gradient, b_gradient = made
+    flat_gradient = _flat(x_gradient) if x_gradient.numel() else x_gradient
     wide = torch.promote_types(a.dtype, torch.float32)
     totals = [
         each.zero_() if each.dtype == wide else torch.zeros_like(each, dtype=wide)
@@ -233,7 +236,7 @@ def _backward_in_pieces(
         add_product_(totals[1], outer, functional.linear(inputs, a).mul_(scaling))
         del inputs, outer  # or they would live on beside the next ones
         if x_gradient.numel():
-            x_gradient[piece] = low @ a
+            flat_gradient[piece] = low @ a
     for each, total in zip((a_gradient, b_gradient), totals, strict=True):
         if each is not total:
             each.copy_(total)

@@ -152,10 +152,9 @@ def _counted_steps(
     ledger = Ledger(device_type=workload.device.type)
     # copied before the ledger looks, and dropped step by step, as a data loader's batches are
     windows = [copied(window, workload.device) for window in workload.windows[:LEDGER_STEPS]]
+    (probe,) = copied(workload.windows[0][:1], workload.device)
     with ledger:
-        run = start(
-            model, strategies, settings=workload.settings, ledger=ledger, probe=windows[0][0]
-        )
+        run = start(model, strategies, settings=workload.settings, ledger=ledger, probe=probe)
         while windows:
             train_step(run, windows.pop(0))
             on_step()

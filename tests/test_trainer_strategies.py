@@ -16,6 +16,7 @@ import memrt
 from memrt import MemoryMixin, registry
 from memrt.adapters import has_adapter_files
 from memrt.errors import ConflictError
+from memrt.ladder.files import has_ladder_files
 from memrt.testing import FAMILIES
 from tests.contract import SPECS, refusal, specs
 from tests.trainer_runs import (
@@ -58,14 +59,14 @@ def test_every_strategy_trains_evaluates_predicts_and_saves(
     if has_adapter_files(tmp_path):  # adapters alone, which tests/strategies/test_peft.py loads
         assert not (tmp_path / "model.safetensors").exists()
         return
-    loaded = type(model_of(family)).from_pretrained(tmp_path)
-    if registry.strategy_class(name).brings_parameters:  # beside a model that plain code loads
-        saved, beside = weights(trainer), loaded.state_dict()
-        assert beside.keys() < saved.keys()
-        assert_equal(beside, {key: saved[key] for key in beside})
-        return
-    assert_equal(loaded.state_dict(), weights(trainer))
-    assert loaded.config.architectures == [type(model_of(family)).__name__]
+    if has_ladder_files(tmp_path):  # the side network alone
+        assert not (tmp_path / "model.safetensors").exists()
+        loaded = model_of(family)
+        memrt.load_ladder(loaded, tmp_path)
+    else:
+        loaded = type(model_of(family)).from_pretrained(tmp_path)
+        assert_equal(loaded.state_dict(), weights(trainer))
+        assert loaded.config.architectures == [type(model_of(family)).__name__]
     plain = trainer_of(tmp_path / "plain", family=family, model=loaded)
     assert torch.equal(
         torch.as_tensor(plain.predict(examples(family)[:4]).predictions), torch.as_tensor(logits)

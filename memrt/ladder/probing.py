@@ -21,7 +21,8 @@ def probe_batches(run: Session, count: int, *, init: str) -> list[Any]:
     except ValueError as refused:
         raise ValueError(
             f"init={init!r} looks at data before the first step, and has too little: {refused}; or "
-            "use init='magnitude', which needs none and whose steps take the same memory"
+            "lower probe_batches, or use init='magnitude', which needs none and whose steps take "
+            "the same memory"
         ) from refused
 
 
