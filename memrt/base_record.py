@@ -26,6 +26,7 @@ from torch import Tensor, nn
 __all__ = [
     "BASE_NAME",
     "BaseRecord",
+    "base_hash",
     "base_record",
     "lasting_names",
     "require_base",
@@ -103,13 +104,18 @@ def base_record(model: nn.Module) -> BaseRecord:
     )
 
 
+def base_hash(model: nn.Module, *, left_out: Collection[str]) -> str:
+    """SHA-256 over what every precision keeps of a loaded model, but for these parameters."""
+    return _digest(_in_memory(dict(_lasting(model)), left_out))
+
+
 def require_base(model: nn.Module, folder: str | Path) -> None:
     """Refuse a model that is not the base of the adapters in `folder`, where the folder knows."""
     record = BaseRecord.read(Path(folder))
     if record is None:
         return
     model = _inner(model)
-    if _digest(_in_memory(dict(_lasting(model)), record.left_out)) != record.fingerprint:
+    if base_hash(model, left_out=record.left_out) != record.fingerprint:
         raise record.refuse(Path(folder), f"this {type(model).__name__}")
 
 

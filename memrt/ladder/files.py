@@ -10,13 +10,13 @@ may be taken for another.)
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from memrt.base_record import base_hash
 from memrt.ladder.attach import CHILD
 
 if TYPE_CHECKING:
@@ -122,25 +122,5 @@ def side_tensors(model: nn.Module, trained: Collection[str]) -> Iterator[tuple[s
 
 def fingerprint(model: nn.Module, *, trained: Collection[str]) -> str:
     """What a backbone is known by: SHA-256 of embeddings, norms and biases as bfloat16."""
-    digest = hashlib.sha256()
-    for name, parameter in _lasting_parameters(model):
-        if name in trained:
-            continue
-        digest.update(f"{name}{list(parameter.shape)}".encode())
-        rounded = parameter.detach().to(torch.bfloat16).contiguous().cpu()
-        digest.update(rounded.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _lasting_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    embeddings = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters()
-    }
-    for name, parameter in model.named_parameters():
-        ours = CHILD in name.split(".")
-        lasting = parameter.ndim <= 1 or id(parameter) in embeddings
-        if lasting and not ours and parameter.is_floating_point():
-            yield name, parameter
+    side = [name for name, _ in model.named_parameters() if CHILD in name.split(".")]
+    return base_hash(model, left_out=[*trained, *side])
