@@ -9,9 +9,9 @@ is the result. Each run is a `memrt train` in a folder of its own, so that its r
 memory by account and speed.
 
 Resumable: a run that has its report is not repeated, so an interrupted command is given again.
-Budget on 2 cores: about 20 minutes for the base model, then 4 minutes a method and task. The result
-is written after every method, to `--output`, from the runs of the tasks and methods that were asked
-for.
+Budget on 2 cores: about 20 minutes for the base model, then 4 minutes a method and task (estimated
+from short runs). The result is written after every method, to `--output`, from the runs of the
+tasks and methods that were asked for.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from memrt.profiling.ledger import Ledger
 from memrt.session import Session
 from memrt.testing import PlainModel, tiny_batches, tiny_config, tiny_model
 from tests.strategies.runs import assert_equal
-from tests.trainer_runs import examples, trainer_of
 
 FISHER = "ladder(reduction=2, init='fisher', probe_batches=2)"
 
@@ -242,22 +241,6 @@ def test_a_weight_that_is_read_without_its_module_has_no_score() -> None:
         model.layers[index] = Reading(nn.Linear(32, 64, bias=False), nn.Linear(64, 32))
     with pytest.raises(ValueError, match=r"layers\.0\.0 is read without calling the module"):
         memrt.prepare(model, [FISHER], probe_batches=source("plain"))
-
-
-def test_the_trainer_s_probe_set_is_what_it_looks_at(tmp_path: Path) -> None:
-    """A probe set of one row again and again scores as that row does."""
-    rows = examples("llama", count=4)
-    found = []
-    for probe in (rows[:1] * 8, rows[:1] * 8, rows[1:2] * 8):
-        options = {"strategies": [FISHER.replace("2)", "1)")], "probe_dataset": probe}
-        trainer = trainer_of(tmp_path, options=options)
-        found.append(
-            {n: p.detach().clone() for n, p in trainer.model.named_parameters() if CHILD in n}
-        )
-    assert_equal(found[0], found[1])
-    assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
-    with pytest.raises(ValueError, match=r"init='fisher'.*probe_dataset"):
-        trainer_of(tmp_path, options={"strategies": [FISHER]})
 
 
 def test_settings_without_effect_and_blocks_that_pruning_does_not_know_are_refused() -> None:

@@ -285,6 +285,18 @@ def test_hidden_states_that_are_not_finite_are_refused() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_a_probe_set_of_padding_alone_is_refused() -> None:
+    def hidden_away(count: int) -> list[dict[str, Tensor]]:
+        batches = tiny_batches("bert", count=count)
+        masks = [torch.zeros_like(batch["attention_mask"]) for batch in batches]
+        return [
+            {**batch, "attention_mask": mask} for batch, mask in zip(batches, masks, strict=True)
+        ]
+
+    with pytest.raises(ValueError, match="no position of the probe set counts"):
+        memrt.prepare(tiny_model("bert"), [PRINCIPAL], probe_batches=hidden_away)
+
+
 def test_what_cannot_be_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="use taps='projected'"):
         memrt.prepare(nn.Linear(2, 2), [PRINCIPAL.replace("(", "(taps='selected', ", 1)])
@@ -294,14 +306,19 @@ def test_what_cannot_be_is_refused_by_name() -> None:
         memrt.prepare(tiny_model("mixtral"), [PRINCIPAL], probe_batches=source("mixtral"))
 
 
-def test_the_trainer_s_probe_set_is_what_it_looks_at(tmp_path: Path) -> None:
+@pytest.mark.parametrize("init", ["principal", "fisher"])
+def test_the_trainer_s_probe_set_is_what_it_looks_at(init: str, tmp_path: Path) -> None:
+    """A probe set of one row again and again says what that row does."""
+    spec = PRINCIPAL.replace("principal", init).replace("2)", "1)")
     rows = examples("llama", count=4)
     found = []
     for probe in (rows[:1] * 8, rows[:1] * 8, rows[1:2] * 8):
-        options = {"strategies": [PRINCIPAL.replace("2)", "1)")], "probe_dataset": probe}
+        options = {"strategies": [spec], "probe_dataset": probe}
         trainer = trainer_of(tmp_path, options=options)
         found.append(
             {n: p.detach().clone() for n, p in trainer.model.named_parameters() if CHILD in n}
         )
     assert_equal(found[0], found[1])
     assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
+    with pytest.raises(ValueError, match=rf"init='{init}'.*probe_dataset"):
+        trainer_of(tmp_path, options={"strategies": [spec]})
