@@ -21,8 +21,8 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
     known = [tensor for tensor in tensors if tensor.numel()]
     # the largest magnitude is a number of the tensor itself: it cannot overflow, as a sum would
     on_cpu = [tensor for tensor in known if tensor.device.type == "cpu"]
-    if on_cpu:  # where the infinity norm takes 10 to 60 times as long as both ends
-        ends = [end.double() for tensor in on_cpu for end in _ends(tensor)]
+    if on_cpu:  # where the infinity norm takes 10 (fp64) to 24 times (fp32) as long as both ends
+        ends = [end.double() for tensor in on_cpu for end in torch.aminmax(tensor)]
         if not torch.stack(ends).isfinite().all():
             return False
     others = [tensor for tensor in known if tensor.device.type != "cpu"]
@@ -32,10 +32,3 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 @all_finite.register_fake
 def _(tensors: Sequence[Tensor]) -> bool:
     return True
-
-
-def _ends(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest element; NaN where there is one."""
-    if tensor.dtype in (torch.float32, torch.float64):  # two passes take a fourth of one for both
-        return tensor.amin(), tensor.amax()
-    return torch.aminmax(tensor)
