@@ -13,7 +13,8 @@ stochastically when a rounding key is given, else to the nearest.
 Bytes: two codes in one byte, and 2 * 4 of 128: 1.06 an element instead of 8. Traffic on CUDA, where
 it is one pass of one Triton kernel: bf16 parameter and gradient 2 + 2 + 2, state 2.13, so 8.1 bytes
 an element. Temporaries: none on CUDA but copies of what is not contiguous; on the CPU up to 76
-bytes an element of a piece of 2^16 elements (`workspace_bytes`).
+bytes an element of an eager piece of 2^16 elements, or 29 of a compiled one of 2^18
+(`workspace_bytes`).
 
 Source: Li, Chen and Zhu, Memory Efficient Optimizers with 4-bit States, arXiv 2309.01507.
 """
@@ -29,12 +30,14 @@ from torch import Tensor
 from memrt.kernels.adamw_step import (
     COMPILED_FROM_ELEMENTS,
     GROUP_SIZE,
+    PIECE_ELEMENTS,
     check_parameter,
     check_state,
     in_groups,
     key_tensor,
     num_groups,
-    pieces,
+    scratch_bytes,
+    step_in_pieces,
     step_scalars,
     stepped,
     write_parameter,
@@ -53,8 +56,8 @@ from memrt.profiling.ledger import register_workspace
 
 __all__ = ["adamw_int4", "adamw_int4_reference", "num_code_bytes", "workspace_bytes"]
 
-PIECE_ELEMENTS = 2**16  # caches hold what a piece needs
 SCRATCH_BYTES = 76
+COMPILED_SCRATCH_BYTES = 29  # 28.1 were seen
 
 
 class State(NamedTuple):
@@ -178,18 +181,19 @@ def _(
 
 
 def workspace_bytes(parameter: Tensor, gradient: Tensor, *_: Any, **__: Any) -> int:
-    """The most bytes of temporaries that are alive at once inside the operator.
-
-    On the CPU a bound for the eager steps; compiled ones take fewer.
-    """
+    """The most bytes of temporaries that are alive at once inside the operator."""
     num_bytes = sum(
         tensor.element_size() * tensor.numel()
         for tensor in (parameter, gradient)
         if not tensor.is_contiguous()
     )
     if not uses_triton(parameter):
-        whole = num_groups(min(parameter.numel(), PIECE_ELEMENTS)) * GROUP_SIZE
-        num_bytes += SCRATCH_BYTES * whole
+        num_bytes += scratch_bytes(
+            parameter.numel(),
+            whole=PIECE_ELEMENTS,
+            eager=SCRATCH_BYTES,
+            compiled=COMPILED_SCRATCH_BYTES,
+        )
     return num_bytes
 
 
@@ -215,13 +219,20 @@ def _step_in_pieces(
     scalars: Tensor,
     key: Tensor | None,
 ) -> None:
-    cut = pieces(parameter.numel(), whole=PIECE_ELEMENTS, compiled_from=COMPILED_FROM_ELEMENTS)
-    for start, stop, compiled in cut:
+    def arguments(start: int, stop: int) -> tuple[Tensor | None, ...]:
         part, data = slice(start, stop), slice(start // 2, num_code_bytes(stop))
         blocks = slice(start // GROUP_SIZE, num_groups(stop))
         piece = State(*(t[data] for t in state[:2]), *(t[blocks] for t in state[2:]))
-        update = _compiled_piece if compiled else _step_piece
-        update(parameter[part], gradient[part], *piece, scalars, key, torch.tensor(start))
+        return parameter[part], gradient[part], *piece, scalars, key, torch.tensor(start)
+
+    step_in_pieces(
+        parameter.numel(),
+        arguments,
+        step=_step_piece,
+        compiled=_compiled_piece,
+        whole=PIECE_ELEMENTS,
+        compiled_from=COMPILED_FROM_ELEMENTS,
+    )
 
 
 def _step_piece(

@@ -13,34 +13,43 @@ Source: Loshchilov and Hutter, arXiv 1711.05101, in the order of torch.optim.Ada
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from memrt.kernels.compiled import CompiledFunction
 from memrt.kernels.stochastic_rounding import random_bits_reference, stochastic_round_reference
 
 __all__ = [
     "COMPILED_FROM_ELEMENTS",
     "GROUP_SIZE",
+    "PIECE_ELEMENTS",
     "check_parameter",
     "check_state",
     "in_groups",
     "key_tensor",
     "num_groups",
     "pieces",
+    "scratch_bytes",
+    "step_in_pieces",
     "step_scalars",
     "stepped",
     "write_parameter",
 ]
 
 GROUP_SIZE = 128
-# Compiled code is made for pieces of two sizes; the rest of a parameter, and a parameter too small
-# to be worth some seconds of compiling, take the same steps eagerly.
+# The CPU takes a parameter in pieces: eager ones of PIECE_ELEMENTS, compiled ones of three sizes.
+# The rest, and a parameter too small to be worth some seconds of compiling, go eagerly.
 COMPILED_FROM_ELEMENTS = 2**16
-SHORT_PIECES = 8
-"""How many short pieces make a whole one: eagerly, even a few elements take a millisecond."""
+PIECE_ELEMENTS = 2**16
+"""Caches hold what an eager piece needs."""
+LARGEST_PIECE = 4
+"""Eager pieces in the largest compiled one: a call of compiled code costs some 60 us, and it keeps
+a third of the temporaries."""
+SHORTER = 8
+"""How much shorter the next size is: eagerly, even a few elements take a millisecond."""
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,16 +67,45 @@ def in_groups(tensor: Tensor) -> Tensor:
 def pieces(num_elements: int, *, whole: int, compiled_from: int) -> Iterator[tuple[int, int, bool]]:
     """First and last element of every piece, and whether it is of a size that is compiled.
 
-    Whole pieces, then short ones, then the rest. Only the number of elements decides: a resumed run
-    takes each piece the same way.
+    Large pieces, then shorter ones, then the rest. Only the number of elements decides: a resumed
+    run takes each piece the same way.
     """
-    sizes = (whole, whole // SHORT_PIECES) if num_elements >= compiled_from else ()
+    largest = LARGEST_PIECE * whole
+    sizes = [largest, largest // SHORTER, largest // SHORTER**2]
+    if num_elements < compiled_from:
+        sizes = []
     start = 0
     while start < num_elements:
         left = num_elements - start
         size = next((size for size in sizes if size <= left), min(left, whole))
         yield start, start + size, size in sizes
         start += size
+
+
+def step_in_pieces(
+    num_elements: int,
+    arguments: Callable[[int, int], tuple[Tensor | None, ...]],
+    *,
+    step: Callable[..., None],
+    compiled: CompiledFunction,
+    whole: int,
+    compiled_from: int,
+) -> None:
+    """Take `step` on `arguments(first, last)` of every piece, by compiled code where it can be."""
+    for start, stop, is_compiled in pieces(num_elements, whole=whole, compiled_from=compiled_from):
+        if is_compiled and compiled(*arguments(start, stop)):
+            continue
+        for first in range(start, stop, whole):
+            step(*arguments(first, min(first + whole, stop)))
+
+
+def scratch_bytes(num_elements: int, *, whole: int, eager: int, compiled: int) -> int:
+    """The most bytes of temporaries of `step_in_pieces`, of which an element takes so many."""
+
+    def padded(most: int) -> int:
+        return num_groups(min(num_elements, most)) * GROUP_SIZE
+
+    return max(eager * padded(whole), compiled * padded(LARGEST_PIECE * whole))
 
 
 def step_scalars(

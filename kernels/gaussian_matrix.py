@@ -103,8 +103,9 @@ def _fill(target: Tensor, key0: int, key1: int, std: float) -> None:
         first = flat[start:stop]
         second = flat[num_pairs + start : num_pairs + stop]  # odd sizes: one short at the end
         whole = flat.numel() >= COMPILED_FROM_ELEMENTS and second.numel() == PIECE_PAIRS
-        fill = _compiled_piece if whole else _fill_piece
-        fill(first, second, torch.tensor(start, device=device), *numbers)
+        piece = (first, second, torch.tensor(start, device=device), *numbers)
+        if not (whole and _compiled_piece(*piece)):
+            _fill_piece(*piece)
 
 
 def _fill_piece(first: Tensor, second: Tensor, start: Tensor, key: Tensor, std: Tensor) -> None:

@@ -28,6 +28,7 @@ from tests.kernels.adamw_fp8_cases import (
     new_state,
     trained,
 )
+from tests.kernels.allocated_bytes import allocated_peak
 from tests.kernels.live_bytes import LiveBytes
 
 SIZES = [1, 67, 127, 128, 129, 5001]
@@ -148,12 +149,12 @@ def test_compiled_pieces_have_the_same_codes(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole pieces compiled, the rest eager. Where there is no C++ compiler this must not pass."""
-    eager = call_of(2**10 + 67, dtype=dtype, key=KEY)
+    eager = call_of(2**14 + 67, dtype=dtype, key=KEY)
     compiled = copy_of(eager)
     adamw_fp8(**eager)
     function = CompiledFunction(module._step_piece)
     monkeypatch.setattr(module, "_compiled_piece", function)
-    monkeypatch.setattr(module, "PIECE_ELEMENTS", 2**10)
+    monkeypatch.setattr(module, "PIECE_ELEMENTS", 2**12)  # the largest are four times as long
     monkeypatch.setattr(module, "COMPILED_FROM_ELEMENTS", 1)
     adamw_fp8(**compiled)
     assert function._compiled is not None
@@ -161,12 +162,44 @@ def test_compiled_pieces_have_the_same_codes(
     assert all(torch.equal(eager[name], compiled[name]) for name in STATE)
     ulp = 2**-8 if dtype is torch.bfloat16 else 4 * 2**-24
     torch.testing.assert_close(compiled["parameter"], eager["parameter"], rtol=ulp, atol=1e-8)
+    peak = allocated_peak(lambda: adamw_fp8(**compiled))
+    whole = copy_of(compiled)
+    monkeypatch.setattr(module, "SCRATCH_BYTES", 0)  # so that the compiled pieces' bound counts
+    assert 2**14 * 16 < peak <= workspace_bytes(**whole) + 2**12, "a tail and some numbers beside"
+
+
+def test_more_combinations_are_compiled_than_the_compiler_allows() -> None:
+    import torch._dynamo as dynamo
+
+    def double(x: Tensor) -> None:
+        x.mul_(2)
+
+    function = CompiledFunction(double)
+    with dynamo.config.patch(recompile_limit=2):
+        for size in range(2, 6):
+            x = torch.ones(size)
+            assert function(x)
+            assert x.eq(2).all()
+        assert dynamo.config.recompile_limit == 2
+
+
+def test_what_cannot_be_compiled_any_more_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def triple(x: Tensor) -> None:
+        x.mul_(3)
+
+    function = CompiledFunction(triple)
+    monkeypatch.setattr("memrt.kernels.compiled.MAX_COMPILED", 1)
+    assert function(torch.ones(2))
+    x = torch.ones(3)
+    with pytest.warns(RuntimeWarning, match="triple runs uncompiled"):
+        assert not function(x)
+    assert x.eq(1).all()
 
 
 def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.exc import InvalidCxxCompiler
 
-    eager = call_of(2**11, dtype=torch.float32)
+    eager = call_of(2**13, dtype=torch.float32)
     fallen = copy_of(eager)
     adamw_fp8(**eager)
 
@@ -179,7 +212,7 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch, "compile", no_compiler)
     function = CompiledFunction(module._step_piece)
     monkeypatch.setattr(module, "_compiled_piece", function)
-    monkeypatch.setattr(module, "PIECE_ELEMENTS", 2**10)
+    monkeypatch.setattr(module, "PIECE_ELEMENTS", 2**11)
     monkeypatch.setattr(module, "COMPILED_FROM_ELEMENTS", 1)
     with pytest.warns(RuntimeWarning, match="runs uncompiled"):
         adamw_fp8(**fallen)
@@ -350,14 +383,33 @@ def test_importing_the_module_imports_neither_triton_nor_the_compiler() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("num_elements", [1, 700, 1024, 1100, 2048, 2048 + 3 * 128 + 5])
+@pytest.mark.parametrize("num_elements", [1, 700, 2048, 2100, 2**13, 2**14 + 3 * 1024 + 389])
 def test_pieces_cover_a_parameter_once_and_begin_with_a_group(num_elements: int) -> None:
-    cut = list(pieces(num_elements, whole=1024, compiled_from=1024))
+    cut = list(pieces(num_elements, whole=2048, compiled_from=2048))
     assert [start for start, _, _ in cut] == [0, *(stop for _, stop, _ in cut[:-1])]
     assert cut[-1][1] == num_elements
     assert all(start % module.GROUP_SIZE == 0 for start, _, _ in cut)
     compiled = {stop - start for start, stop, compiled in cut if compiled}
-    assert compiled <= {1024, 128}
-    assert bool(compiled) is (num_elements >= 1024)
+    assert compiled <= {8192, 1024, 128}
+    assert bool(compiled) is (num_elements >= 2048)
     rest = sum(stop - start for start, stop, compiled in cut if not compiled)
-    assert num_elements < 1024 or rest < 128
+    assert num_elements < 2048 or rest < 128
+
+
+def test_what_falls_back_is_cut_into_eager_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = call_of(2**13 + 1024 + 5, dtype=torch.float32)
+    sizes: list[int] = []
+
+    class Refuses:
+        def __call__(self, *_: Any) -> bool:
+            return False
+
+    def step(parameter: Tensor, *_: Any) -> None:
+        sizes.append(parameter.numel())
+
+    monkeypatch.setattr(module, "_compiled_piece", Refuses())
+    monkeypatch.setattr(module, "_step_piece", step)
+    monkeypatch.setattr(module, "PIECE_ELEMENTS", 2048)
+    monkeypatch.setattr(module, "COMPILED_FROM_ELEMENTS", 1)
+    adamw_fp8(**call)
+    assert sizes == [2048, 2048, 2048, 2048, 1024, 5]

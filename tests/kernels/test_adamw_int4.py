@@ -30,6 +30,7 @@ from memrt.kernels.blockwise_int4 import (
 )
 from memrt.kernels.compiled import CompiledFunction
 from tests.kernels.adamw_fp8_cases import KEY, SETTINGS, copy_of, gradient_of
+from tests.kernels.allocated_bytes import allocated_peak
 from tests.kernels.aot import SHARED_LIMIT_BYTES, compile_ahead
 from tests.kernels.interpreter import call_interpreted
 from tests.kernels.live_bytes import LiveBytes
@@ -179,12 +180,12 @@ def test_reference_pieces_and_strides_do_not_matter(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_compiled_pieces_have_the_same_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    eager = call_of(2**10 + 67, dtype=torch.float32)
+    eager = call_of(2**14 + 67, dtype=torch.float32)
     compiled = copy_of(eager)
     adamw_int4(**eager)
     function = CompiledFunction(module._step_piece)
     monkeypatch.setattr(module, "_compiled_piece", function)
-    monkeypatch.setattr(module, "PIECE_ELEMENTS", 2**10)
+    monkeypatch.setattr(module, "PIECE_ELEMENTS", 2**12)
     monkeypatch.setattr(module, "COMPILED_FROM_ELEMENTS", 1)
     adamw_int4(**compiled)
     assert function._compiled is not None
@@ -193,6 +194,9 @@ def test_compiled_pieces_have_the_same_codes(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(
         compiled["parameter"], eager["parameter"], rtol=4 * 2**-24, atol=1e-8
     )
+    peak = allocated_peak(lambda: adamw_int4(**compiled))
+    monkeypatch.setattr(module, "SCRATCH_BYTES", 0)  # so that the compiled pieces' bound counts
+    assert 2**14 * 16 < peak <= workspace_bytes(**compiled) + 2**12
 
 
 def test_a_gradient_that_is_not_finite_poisons_nothing() -> None:
