@@ -132,7 +132,7 @@ def _kept(run: Session, settings: Settings) -> _Kept | None:
             side=cuts[0].narrow.hidden,
             count=settings.probe_batches,
         )
-        return _Kept(narrowing=Projection(found), scores=None)
+        return _Kept(narrowing=Projection(found.basis, found.energy), scores=None)
     if settings.init == "fisher":
         weights = [
             module
@@ -140,6 +140,10 @@ def _kept(run: Session, settings: Settings) -> _Kept | None:
             for module in linears(stack.layers, cut)
         ]
         scores = fisher_scores(run, blocks, weights, count=settings.probe_batches)
+    if settings.taps == "pooled":
+        wide, narrow = cuts[0].wide.hidden, cuts[0].narrow.hidden
+        device = next(blocks[0].parameters()).device
+        return _Kept(narrowing=Projection.pooling(wide, narrow, device=device), scores=scores)
     with torch.no_grad():
         channels = hidden_channels(blocks, cuts[0], scores)
     return _Kept(narrowing=Selection(channels), scores=scores)

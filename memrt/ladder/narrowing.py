@@ -4,6 +4,10 @@
     Projection     S = Uᵀ H: a weight W that reads the hidden state becomes W U, one that writes it
                    Uᵀ W
 
+The directions are found on data (`memrt.ladder.principal`), or are those of pooling: `reduction`
+neighbouring channels each, with equal weights, which need no data and hold 1 / reduction of what
+lies in no direction more than in others.
+
 A norm multiplies the channels of a state of length √channels by its weight γ. Selected channels
 keep theirs. In directions that becomes a matrix, Uᵀ diag(γ) U, of which the side's norm can hold
 the diagonal; and √side is not the length that Uᵀ of a normed state has, √(energy · hidden), so that
@@ -18,8 +22,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-from memrt.ladder.principal import Principal
 
 __all__ = ["Narrowing", "Projection", "Selection"]
 
@@ -59,13 +61,24 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """The directions of `Principal`."""
+    """Directions among the channels."""
 
-    found: Principal
+    basis: Tensor
+    """U [hidden, side], fp32, orthonormal columns."""
+    energy: Tensor
+    """0-dim: the share of a hidden state's squared length that lies in them."""
+
+    @classmethod
+    def pooling(cls, hidden: int, side: int, *, device: torch.device) -> Projection:
+        """Sums of hidden / side neighbouring channels, each of length 1."""
+        reduction = hidden // side
+        basis = torch.eye(side, device=device).repeat_interleave(reduction, dim=0)
+        share = torch.tensor(side / hidden, device=device)
+        return cls(basis=basis / reduction**0.5, energy=share)
 
     def along(self, tensor: Tensor, axis: int) -> Tensor:
         """The product with U, in fp32."""
-        basis = self.found.basis.to(tensor.device)
+        basis = self.basis.to(tensor.device)
         if axis == 0:
             return basis.t() @ tensor.float()
         return tensor.float() @ basis
@@ -75,15 +88,15 @@ class Projection:
         vector = norm.get_parameter(leaf).detach()
         if leaf == "bias":
             return self.along(vector, 0)
-        basis = self.found.basis.to(vector.device)
+        basis = self.basis.to(vector.device)
         unit = _unit(norm)
         hidden, side = basis.shape
-        gain = (self.found.energy.to(vector.device) * (hidden / side)).sqrt()
+        gain = (self.energy.to(vector.device) * (hidden / side)).sqrt()
         return gain * (basis.square().t() @ (vector.float() + unit)) - unit
 
     def matrix(self, hidden: int) -> Tensor:
         """U."""
-        return self.found.basis
+        return self.basis
 
 
 def _unit(norm: nn.Module) -> Tensor:

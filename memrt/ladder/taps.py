@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from memrt.kernels.ladder import ladder_down, ladder_mix
 from memrt.kernels.mixed_precision import product_dtype
-from memrt.ladder.narrowing import Narrowing, Selection
+from memrt.ladder.narrowing import Narrowing
 
 __all__ = ["Gate", "Tap", "make_tap"]
 
@@ -77,35 +79,16 @@ class LowRankTap(Tap):
 
 
 class PooledTap(Tap):
-    """Means of `reduction` neighbouring channels. Nothing to learn, nothing kept."""
+    """Sums of r neighbouring channels over √r, as long as they. Nothing to learn, nothing kept."""
 
     def __init__(self, hidden: int, side: int) -> None:
         super().__init__()
         self.reduction = hidden // side
 
     def down(self, hidden: Tensor) -> Tensor:
-        """Means of groups of channels."""
+        """Sums of groups of channels, which the side's weights were made for."""
         groups = hidden.detach().view(*hidden.shape[:-1], -1, self.reduction)
-        return groups.mean(-1)
-
-
-class SelectedTap(Tap):
-    """The channels that the side's weights were cut from. Nothing to learn, nothing kept."""
-
-    channels: Tensor
-
-    def __init__(self, hidden: int, side: int) -> None:
-        super().__init__()
-        self.register_buffer("channels", torch.arange(0, hidden, hidden // side))
-
-    def down(self, hidden: Tensor) -> Tensor:
-        """Some of the channels."""
-        return hidden.detach().index_select(-1, self.channels)
-
-    def begin(self, narrowing: Narrowing) -> None:
-        """Select the same channels."""
-        assert isinstance(narrowing, Selection), "refused before: directions are no channels"
-        self.channels.copy_(narrowing.channels)
+        return groups.sum(-1) / math.sqrt(self.reduction)
 
 
 class ProjectedTap(Tap):
@@ -134,8 +117,7 @@ def make_tap(kind: str, hidden: int, side: int, *, kept: str) -> Tap:
         return LinearTap(hidden, side, kept=kept)
     if kind == "low_rank":
         return LowRankTap(hidden, side, kept=kept)
-    fixed = {"pooled": PooledTap, "selected": SelectedTap, "projected": ProjectedTap}
-    return fixed[kind](hidden, side)
+    return PooledTap(hidden, side) if kind == "pooled" else ProjectedTap(hidden, side)
 
 
 class Gate(nn.Module):

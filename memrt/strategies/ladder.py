@@ -12,9 +12,9 @@ starts bit for bit as the backbone; "lst" and "qst" start as the papers' code do
 
 Bytes kept for backward, in elements a token and layer: nothing of the backbone but the taps. A
 "linear" (LST) or "low_rank" (QST) tap keeps `hidden` (one byte each with `kept="float8"`),
-"pooled", "selected" and "projected" taps nothing; the side's blocks keep about 19 side, with
-`checkpoint` 1. Weights grow by about 1/reduction² of the blocks' and reduction-fold narrower taps.
-A step costs a forward of the backbone and about 3/reduction² more.
+"pooled" and "projected" taps nothing; the side's blocks keep about 19 side, with `checkpoint` 1.
+Weights grow by about 1/reduction² of the blocks' and reduction-fold narrower taps. A step costs a
+forward of the backbone and about 3/reduction² more.
 
 With `init="fisher"` the side's first weights are chosen on data before the first step, which takes
 what a batch takes with every block checkpointed: see `memrt.ladder.fisher`. With `"principal"` they
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Ladder"]
 
-TAPS = ("linear", "low_rank", "pooled", "selected", "projected")
-FIXED_TAPS = ("pooled", "selected", "projected")
+TAPS = ("linear", "low_rank", "pooled", "projected")
+FIXED_TAPS = ("pooled", "projected")
 GATES = ("scalar", "vector")
 STARTS = ("exact", "lst", "qst")
 INITS = ("auto", "magnitude", "fisher", "principal", "random")
@@ -63,8 +63,9 @@ class Ladder(Strategy):
     """Settings.
 
     reduction: how many times narrower the side network is.
-    taps: how a hidden state comes down: "linear", "low_rank", "pooled", "selected" or "projected"
-        (onto the directions of `init="principal"`; those learn nothing).
+    taps: how a hidden state comes down: "linear", "low_rank", "pooled" (neighbouring channels
+        summed) or "projected" (onto the directions of `init="principal"`). The last two learn
+        nothing; where there is data, "projected" lets more through.
     kept: how a linear or low-rank tap keeps the hidden state: "exact" or "float8".
     gate: "scalar" (one number a rung, as LST) or "vector" (one a channel, as QST).
     start: "exact" (the backbone's own function), "lst" or "qst" (the papers').
@@ -130,10 +131,10 @@ class Ladder(Strategy):
                 f"probe_batches={self.probe_batches}: init={self.init!r} looks at no data; use "
                 "init='principal' or 'fisher', or leave probe_batches out"
             )
-        if self.init == "principal" and self.taps == "selected":
+        if self.init == "principal" and self.taps == "pooled":
             raise ValueError(
-                "init='principal' makes the side of directions and taps='selected' takes channels; "
-                "use taps='projected'"
+                "init='principal' makes the side of other directions than taps='pooled' takes; use "
+                "taps='projected'"
             )
         self._check_layers()
 

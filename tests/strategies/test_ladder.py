@@ -136,7 +136,7 @@ def saved(model: nn.Module) -> Iterator[list[Tensor]]:
     kept += found.values()
 
 
-TAPPED = {"linear": 5, "low_rank": 5, "pooled": 0, "selected": 0}
+TAPPED = {"linear": 5, "low_rank": 5, "pooled": 0}
 """Backbone states that are kept beside a model of four blocks: the embeddings' and the blocks'."""
 
 
@@ -236,7 +236,7 @@ def test_a_closed_gate_shuts_the_backbone_out_and_an_open_one_lets_only_it_in() 
 def test_an_unreduced_ladder_with_open_gates_is_the_backbone() -> None:
     for family, name in (("llama", "model.norm"), ("gpt2", "transformer.ln_f")):
         model = model_of(family, hidden=64).eval()
-        ladder(model, reduction=1, taps="selected", start="lst")
+        ladder(model, reduction=1, taps="pooled", start="lst")
         for module in model.modules():
             if getattr(module, "gate", None) is not None:
                 module.gate.parameter.data.fill_(1e6)
@@ -325,6 +325,26 @@ def test_starting_weights_are_sub_matrices_along_one_set_of_channels() -> None:
         assert all(head[0] % 16 == 0 for head in heads)
         output = weights[f"{prefix}.self_attn.o_proj.weight"]
         assert torch.equal(side.self_attn.o_proj.weight, output[channels][:, rows])
+
+
+def test_pooled_taps_have_weights_that_were_made_for_them() -> None:
+    """What the side reads and writes is what the tap gives: the same sums of channels."""
+    model = model_of("llama", hidden=64, intermediate_size=128)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ladder(model, reduction=2, taps="pooled")
+    pool = torch.eye(32).repeat_interleave(2, dim=0) * 2**-0.5  # [64, 32]
+    hidden = torch.randn(3, 5, 64)
+    for index, layer in enumerate(model.model.layers):
+        side, prefix = layer.ladder.block, f"model.layers.{index}"
+        torch.testing.assert_close(layer.ladder.tap(hidden), hidden @ pool)
+        up, down = (weights[f"{prefix}.mlp.{n}_proj.weight"] for n in ("up", "down"))
+        distances = torch.cdist(side.mlp.up_proj.weight.detach(), up @ pool)
+        kept = distances.argmin(dim=1)
+        assert len(set(kept.tolist())) == len(kept)
+        torch.testing.assert_close(side.mlp.up_proj.weight.detach(), (up @ pool)[kept])
+        torch.testing.assert_close(
+            side.mlp.down_proj.weight.detach(), pool.t() @ down[:, kept], atol=1e-7, rtol=1e-5
+        )
 
 
 def expected_channels(weights: dict[str, Tensor], count: int) -> Tensor:

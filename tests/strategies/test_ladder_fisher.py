@@ -125,7 +125,7 @@ def probe_peak(layers: int, hidden: int = 64) -> int:
     with Ledger() as ledger:
         run = memrt.prepare(
             model,
-            [f"ladder(reduction={hidden // 16}, init='fisher', probe_batches=2, taps='selected')"],
+            [f"ladder(reduction={hidden // 16}, init='fisher', probe_batches=2, taps='pooled')"],
             ledger=ledger,
             probe_batches=source("llama", **shape),
         )

@@ -133,14 +133,14 @@ def test_in_all_directions_a_side_block_is_the_backbone_s_in_another_basis(famil
 def test_norms_keep_a_weight_s_mean_and_the_length_of_what_is_left() -> None:
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(64, 16)).Q
-    found = Principal(basis=basis, energy=torch.tensor(0.75))
+    narrowing = Projection(basis=basis, energy=torch.tensor(0.75))
     norm = nn.LayerNorm(64)
     nn.init.normal_(norm.weight, 1.0, 0.1)
     nn.init.normal_(norm.bias)
     gain = (0.75 * 64 / 16) ** 0.5
     expected = gain * torch.einsum("hs,h,hs->s", basis, norm.weight.detach(), basis)
-    assert torch.allclose(Projection(found).of_norm(norm, "weight"), expected, atol=1e-6)
-    assert torch.allclose(Projection(found).of_norm(norm, "bias"), norm.bias.detach() @ basis)
+    assert torch.allclose(narrowing.of_norm(norm, "weight"), expected, atol=1e-6)
+    assert torch.allclose(narrowing.of_norm(norm, "bias"), norm.bias.detach() @ basis)
     channels = torch.tensor([3, 5])
     assert torch.equal(Selection(channels).of_norm(norm, "weight"), norm.weight.detach()[channels])
     weight = torch.randn(5, 64)
@@ -154,7 +154,6 @@ def test_norms_keep_a_weight_s_mean_and_the_length_of_what_is_left() -> None:
     [
         *((family, taps) for family in FAMILIES for taps in ("linear", "projected")),
         ("llama", "low_rank"),
-        ("llama", "pooled"),
     ],
 )
 def test_it_starts_as_the_backbone_to_the_bit_trains_and_leaves_it_so(
@@ -299,7 +298,7 @@ def test_a_probe_set_of_padding_alone_is_refused() -> None:
 
 def test_what_cannot_be_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="use taps='projected'"):
-        memrt.prepare(nn.Linear(2, 2), [PRINCIPAL.replace("(", "(taps='selected', ", 1)])
+        memrt.prepare(nn.Linear(2, 2), [PRINCIPAL.replace("(", "(taps='pooled', ", 1)])
     with pytest.raises(ValueError, match="taps='projected' keep nothing"):
         memrt.prepare(nn.Linear(2, 2), ["ladder(taps='projected', kept='float8')"])
     with pytest.raises(ConflictError, match=r"use ladder\(init='random'\)"):
