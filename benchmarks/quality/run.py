@@ -5,12 +5,12 @@
 
 Trains the base model if FOLDER has none (`base_model`). For every task and method three short runs
 choose a learning rate by the loss on a part of the held-out text, and one longer run with the best
-is the result. Each run is a `memrt train` in a folder of its own, so that its report holds loss,
-memory by account and speed.
+is the result; methods whose update is the same, up to rounding, share their short runs. Each run is
+a `memrt train` in a folder of its own, so that its report holds loss, memory by account and speed.
 
 Resumable: a run that has its report is not repeated, so an interrupted command is given again.
-Budget on 2 cores: about 20 minutes for the base model, then 4 minutes a method and task (estimated
-from short runs). The result is written after every method, to `--output`, from the runs of the
+Budget on one core: about 40 minutes for the base model, then 3 hours (a minute a proxy, three a
+full run). The result is written after every method, to `--output`, from the runs of the
 tasks and methods that were asked for.
 """
 
@@ -93,25 +93,32 @@ def _method_rows(
 ) -> dict[str, Any]:
     """Three proxies and the full run of the best."""
     method = METHODS[name]
-    where = {"base": folder / "model", "data": data, "task": task, "method": method}
-    slug = f"{task}-{name}".replace(" ", "_").replace(",", "")
+    where = {"base": folder / "model", "data": data, "task": task}
+
+    def run_of(each: str, lr: float, count: int) -> Path:
+        slug = f"{task}-{each}".replace(" ", "_").replace(",", "")
+        return folder / "runs" / f"{slug}-{lr:g}-{count}"
+
+    chooser = method.rate_of or name
     proxies = {
         lr: _train(
-            folder / "runs" / f"{slug}-{lr:g}-{proxy_steps}",
+            run_of(chooser, lr, proxy_steps),
+            method=METHODS[chooser],
             lr=lr,
             steps=proxy_steps,
             judged_by=held_out_part(folder, data),
             **where,
         )
-        for lr in method.learning_rates
+        for lr in METHODS[chooser].learning_rates
     }
     best = min(proxies, key=lambda lr: proxies[lr]["evaluation_loss"] or float("inf"))
-    full = _train(folder / "runs" / f"{slug}-{best:g}-{steps}", lr=best, steps=steps, **where)
+    full = _train(run_of(name, best, steps), method=method, lr=best, steps=steps, **where)
     return {
         "task": task,
         "method": name,
         "strategies": list(method.strategies),
         "learning_rate": best,
+        "learning_rate_of": chooser,
         "proxy_losses": {f"{lr:g}": each["evaluation_loss"] for lr, each in proxies.items()},
         **{
             key: full[key] for key in ("evaluation_loss", "loss", "tokens_per_second", "peak_bytes")

@@ -102,17 +102,16 @@ STACKS: dict[str, Stack] = {
     "nf4 + lora": Stack(strategies=("nf4", _LORA), rates="lora"),
     "int8 + lora": Stack(strategies=("int8", _LORA), rates="lora"),
     "ladder": Stack(strategies=(_LADDER,), rates="ladder", probes=True),
-    "ladder, projected taps": Stack(
-        strategies=(f"{_LADDER[:-1]}, taps='projected')",), rates="ladder", probes=True
-    ),
     "ladder, low-rank taps": Stack(
         strategies=(f"{_LADDER[:-1]}, taps='low_rank')",), rates="ladder", probes=True
     ),
-    "ladder, pooled taps": Stack(
-        strategies=(f"{_LADDER[:-1]}, taps='pooled')",), rates="ladder", probes=True
+    "ladder, projected taps": Stack(
+        strategies=("ladder(reduction=3, init='principal', taps='projected')",),
+        rates="ladder",
+        probes=True,
     ),
-    "ladder, selected taps": Stack(
-        strategies=("ladder(reduction=4, taps='selected')",), rates="ladder"
+    "ladder, pooled taps": Stack(
+        strategies=("ladder(reduction=2, taps='pooled')",), rates="ladder"
     ),
     "activation_checkpoint + offload_activations": Stack(
         strategies=("activation_checkpoint", "offload_activations")
@@ -126,7 +125,8 @@ STACKS: dict[str, Stack] = {
 }
 """The one that nothing trains without comes first. Ranks are a quarter of the model's width, and
 intervals are cut to runs of a hundred steps. Adapters' heads train with them (`modules_to_save`):
-a head that begins at random numbers and stays there says nothing about an adapter."""
+a head that begins at random numbers and stays there says nothing about an adapter. Taps that learn
+nothing let only some directions through, so their ladders are wider."""
 
 
 def chosen_rate(stack: Stack) -> float:
