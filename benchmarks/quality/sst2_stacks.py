@@ -38,6 +38,9 @@ class Stack:
     """`TrainingArguments` that the stack needs."""
     probes: bool = False
     """Whether it looks at training rows before the first step."""
+    judged: bool = True
+    """Whether the goals are its own; a form that its strategy's page advises against where there is
+    data is shown with its price."""
 
 
 RATES: dict[str, Rates] = {
@@ -111,7 +114,7 @@ STACKS: dict[str, Stack] = {
         probes=True,
     ),
     "ladder, pooled taps": Stack(
-        strategies=("ladder(reduction=2, taps='pooled')",), rates="ladder"
+        strategies=("ladder(reduction=2, taps='pooled')",), rates="ladder", judged=False
     ),
     "activation_checkpoint + offload_activations": Stack(
         strategies=("activation_checkpoint", "offload_activations")
