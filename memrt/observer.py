@@ -53,6 +53,12 @@ class Observer:
             self.ledger.begin_micro_batch()
         return self.phase("forward", step=step)
 
+    def book_weights(self, model: nn.Module) -> None:
+        """Book the parameters and buffers that a model has before it is changed."""
+        if self.ledger is not None:
+            with self.ledger.phase("load"):
+                self.ledger.book_weights(model)
+
     def register_model(self, model: nn.Module) -> None:
         """Book parameters and buffers, and follow which module runs."""
         if self.ledger is not None:

@@ -73,6 +73,7 @@ class Session:
         self._state = OptimizerState(self._mover, self._observer)
         self.attachments: list[Attachment] = []
         try:
+            self._observer.book_weights(model)  # strategies may look at data, and change it
             for strategy in self.strategies:
                 with self._observer.owned_by(strategy.name):
                     self.attachments.append(strategy.attach(self))

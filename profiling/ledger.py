@@ -238,11 +238,15 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def register_model(self, model: nn.Module) -> None:
         """Book parameters and buffers to the weights account and follow which module runs."""
+        self.book_weights(model)
+        self.watch_modules(model)
+
+    def book_weights(self, model: nn.Module) -> None:
+        """Book parameters and buffers to the weights account."""
         for name, module in model.named_modules():
             for part in (*module._parameters.items(), *module._buffers.items()):
                 if part[1] is not None:
                     self.tag(part[1], Account.WEIGHTS, owner="model", module=f"{name}.{part[0]}")
-        self.watch_modules(model)
 
     def book_gradients(self, model: nn.Module) -> None:
         """Book every `.grad` that exists now."""

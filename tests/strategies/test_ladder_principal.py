@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -200,11 +201,18 @@ def test_projected_taps_are_the_directions_and_keep_nothing() -> None:
     memrt.prepare(model, [spec], probe_batches=source("llama"))
     layers = model.model.layers
     taps = [layers[0].ladder.stem, *(layer.ladder.tap for layer in layers)]
-    assert all(torch.equal(tap.basis, taps[0].basis) for tap in taps)
     assert not [p for tap in taps for p in tap.parameters()]
+    assert [name for name, _ in model.named_buffers() if "basis" in name] == [
+        "model.layers.0.ladder.stem.basis"  # once for all layers
+    ]
     hidden = torch.randn(2, 3, 32, requires_grad=True)
-    assert not taps[0](hidden).requires_grad
-    assert torch.allclose(taps[0](hidden), hidden.detach() @ taps[0].basis)
+    for tap in taps:
+        assert not tap(hidden).requires_grad
+        assert torch.equal(tap(hidden), hidden.detach() @ taps[0].basis)
+    moved = copy.deepcopy(model).double().model.layers
+    assert moved[1].ladder.tap(hidden.double()).dtype == torch.float64
+    moved[0].ladder.stem.basis.zero_()
+    assert not moved[1].ladder.tap(hidden.double()).any()  # the copy's, not the first model's
 
 
 def test_they_select_where_the_side_is_cut_out_and_are_drawn_where_it_is_random() -> None:
@@ -265,6 +273,17 @@ def test_a_plan_is_the_ledger_of_the_run_its_look_at_data_included(init: str) ->
         ledger.close()
     assert planned.peak_bytes == ledger.timeline.peak().peak_bytes
     assert planned.simulation.account_maxima == ledger.timeline.account_maxima()
+
+
+@pytest.mark.parametrize("init", ["principal", "fisher"])
+def test_looking_at_data_counts_packed_weights_from_the_start(init: str) -> None:
+    strategies = ["nf4", PRINCIPAL.replace("principal", init)]
+    config = tiny_config("llama", layers=7)
+    planned = plan(config, strategies, batch_size=2, sequence_length=16)
+    packed = memrt.load(config, ["nf4"], dtype=torch.float32, seed=0)
+    tensors = {t.untyped_storage().data_ptr(): t for t in packed.state_dict().values()}
+    weights = sum(t.untyped_storage().nbytes() for t in tensors.values())
+    assert planned.simulation.to_json()["phases"]["probe"] > weights
 
 
 def test_without_data_it_is_refused_and_the_model_is_left_alone() -> None:
