@@ -273,13 +273,13 @@ def _fill(
     """Give the chosen rungs a tap, a gate and a block, and the first a stem."""
     wide, narrow = side.cut.wide.hidden, side.cut.narrow.hidden
 
-    def tap() -> Tap:
-        made = make_tap(settings.taps, wide, narrow, kept=settings.kept)
+    def tap(first: Tap | None = None) -> Tap:
+        made = make_tap(settings.taps, wide, narrow, kept=settings.kept, first=first)
         if kept is not None:
             made.begin(kept.narrowing)
         return made
 
-    rungs[0].stem = tap()
+    rungs[0].stem = stem = tap()
     for position, index in enumerate(settings.rungs(len(stack.layers))):
         rung, block = rungs[index], side.blocks[index]
         for module in block.modules():
@@ -295,7 +295,7 @@ def _fill(
                 heads = copy_pruned(
                     stack.layers[index], block, side.cut, kept.narrowing, kept.scores
                 )
-        rung.tap, rung.gate = tap(), Gate(settings.gate, narrow)
+        rung.tap, rung.gate = tap(stem), Gate(settings.gate, narrow)
         rung.block, rung.residual = block, side.residual
         rung.checkpointed = settings.checkpoint
         rung.heads = _bias_heads(block, heads, side)

@@ -111,8 +111,22 @@ class ProjectedTap(Tap):
         self.basis.copy_(narrowing.matrix(self.basis.shape[0]))
 
 
-def make_tap(kind: str, hidden: int, side: int, *, kept: str) -> Tap:
-    """A tap by its name."""
+class SharedTap(Tap):
+    """Another tap's projection: one basis serves all layers, and lies in memory once."""
+
+    def __init__(self, first: ProjectedTap) -> None:
+        super().__init__()
+        self._first = (first,)  # in a tuple: no child, or its basis would be saved twice
+
+    def down(self, hidden: Tensor) -> Tensor:
+        """The product with the other's basis."""
+        return self._first[0].down(hidden)
+
+
+def make_tap(kind: str, hidden: int, side: int, *, kept: str, first: Tap | None = None) -> Tap:
+    """A tap by its name; `first` is the one that the stack has already."""
+    if isinstance(first, ProjectedTap):
+        return SharedTap(first)
     if kind == "linear":
         return LinearTap(hidden, side, kept=kept)
     if kind == "low_rank":

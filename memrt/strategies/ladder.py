@@ -13,8 +13,8 @@ starts bit for bit as the backbone; "lst" and "qst" start as the papers' code do
 Bytes kept for backward, in elements a token and layer: nothing of the backbone but the taps. A
 "linear" (LST) or "low_rank" (QST) tap keeps `hidden` (one byte each with `kept="float8"`),
 "pooled" and "projected" taps nothing; the side's blocks keep about 19 side, with `checkpoint` 1.
-Weights grow by about 1/reduction² of the blocks' and reduction-fold narrower taps. A step costs a
-forward of the backbone and about 3/reduction² more.
+Weights grow by about 1/reduction² of the blocks' and by taps, hidden · side for each linear one or
+for all projected ones together. A step costs a forward of the backbone and about 3/reduction² more.
 
 With `init="fisher"` the side's first weights are chosen on data before the first step, which takes
 what a batch takes with every block checkpointed: see `memrt.ladder.fisher`. With `"principal"` they
