@@ -52,7 +52,8 @@ STACKS: tuple[tuple[str, str], ...] = (
     ("nf4+peft+activation_checkpoint+fused_loss", "QLoRA: adapters on weights in 4 bits"),
     ("nf4+ladder+fused_loss", "a side network on weights in 4 bits; no backward through the model"),
     (
-        "nf4+ladder(reduction=16, taps='pooled', checkpoint=True)+int8_states+fused_loss",
+        "nf4+ladder(reduction=16, taps='projected', init='principal', checkpoint=True)"
+        "+int8_states+fused_loss",
         "a narrower one that keeps nothing of the model and runs again in backward",
     ),
 )
