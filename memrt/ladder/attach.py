@@ -65,9 +65,11 @@ def climbing(kind: _Kind) -> type[nn.Module]:
         @wraps(plain)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             call = Call(names, args, kwargs)
+            if self.ladder.training and torch.is_grad_enabled():
+                call = call.without_cache()  # keys and values that nobody would read
             self.ladder.prepare(call)
             with torch.no_grad():
-                output = plain(self, *args, **kwargs)
+                output = plain(self, *call.args, **call.kwargs)
             return self.ladder(call, output)
 
         def train(self, mode: bool = True) -> Any:

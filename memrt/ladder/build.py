@@ -103,7 +103,7 @@ def build_ladder(run: Session, settings: Settings) -> list[nn.Module]:
     streams: list[Stream] = []
     quiet = []
     for index, (stack, side) in enumerate(zip(structure.stacks, sides, strict=True)):
-        stream = Stream(len(stack.layers))
+        stream = Stream(len(stack.layers), settings.rungs(len(stack.layers)))
         stream.encoder = streams[0] if streams else None
         streams.append(stream)
         last = index == len(sides) - 1

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memrt.ladder.taps import Gate, Tap
+from memrt.profiling.fake import is_fake
 
 __all__ = ["Call", "EncoderEnd", "Join", "Rung", "Stream"]
 
@@ -29,12 +31,17 @@ __all__ = ["Call", "EncoderEnd", "Join", "Rung", "Stream"]
 class Stream:
     """What flows through one stack's ladder during one forward."""
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, rungs: Sequence[int]) -> None:
         self.num_layers = num_layers
+        self.rungs = tuple(rungs)
+        """The blocks that have one, from 0."""
         self.state: Tensor | None = None
         self.rotary: dict[int, tuple[Any, Any]] = {}
         self.memory: Tensor | None = None
         """Of an encoder: the end of its side network, for the decoder's cross-attention."""
+        self.mark: Tensor | None = None
+        """Of an encoder: what its output is known by, [batch, tokens, channels]."""
+        self._known: weakref.ref[Tensor] | None = None
         self.encoder: Stream | None = None
 
     def take(self) -> Tensor:
@@ -55,17 +62,50 @@ class Stream:
             raise ValueError("position embeddings came from elsewhere than the model's own module")
         return found[1]
 
-    def side_memory(self, batch: int) -> Tensor:
-        """The side encoder's end, for as many rows as the decoder has (beams repeat rows)."""
-        memory = None if self.encoder is None else self.encoder.memory
-        if memory is None:
+    def side_memory(self, given: Tensor) -> Tensor:
+        """The side encoder's end, for as many rows as the decoder has (beams repeat rows).
+
+        `given` is the backbone encoder's output that the decoder attends to.
+        """
+        encoder = self.encoder
+        memory = None if encoder is None else encoder.memory
+        if encoder is None or memory is None:
             raise ValueError(
                 "the decoder was given encoder_outputs without a run of the encoder before it, so "
                 "that its ladder has nothing to attend to; pass input_ids"
             )
-        if memory.shape[0] == batch:
-            return memory
-        return memory.repeat_interleave(batch // memory.shape[0], dim=0)
+        repeats = given.shape[0] // memory.shape[0]
+        if not encoder.knows(given, repeats):
+            raise ValueError(
+                "the decoder was given encoder_outputs of another run of the encoder than the "
+                "last, whose side network's end its ladder attends to; pass input_ids"
+            )
+        return memory if repeats == 1 else memory.repeat_interleave(repeats, dim=0)
+
+    def remember(self, memory: Tensor, output: Tensor, *, settled: bool) -> None:
+        """The end of an encoder's side network; `settled`: nothing drops out behind `output`."""
+        self.memory = memory
+        self.mark = _mark(output).clone() if settled else None
+        self._known = None
+
+    def knows(self, given: Tensor, repeats: int) -> bool:
+        """Whether `given` is the remembered output, or that with its rows repeated."""
+        if self.mark is None or (self._known is not None and self._known() is given):
+            return True  # every block of the decoder is given the same tensor
+        marked = _is_marked(given, self.mark, repeats)
+        if marked:
+            self._known = weakref.ref(given)
+        return marked
+
+
+def _mark(output: Tensor) -> Tensor:
+    """What an encoder's output is known by: some channels of every row's first and last token."""
+    return output.detach()[:, :: max(1, output.shape[1] - 1), :8]
+
+
+def _is_marked(given: Tensor, mark: Tensor, repeats: int) -> bool:
+    found, wanted = _mark(given), mark.repeat_interleave(repeats, dim=0)
+    return found.shape == wanted.shape and (is_fake(given) or torch.equal(found, wanted))
 
 
 # ---------------------------------------------------------------- rungs
@@ -90,6 +130,15 @@ class Call:
         """The key-value cache, if there is one."""
         values = (*self.args, *self.kwargs.values())
         return next((value for value in values if hasattr(value, "get_seq_length")), None)
+
+    def without_cache(self) -> Call:
+        """The same without a key-value cache that holds nothing yet."""
+        cache = self.cache
+        if cache is None or cache.get_seq_length():
+            return self
+        args = tuple(None if value is cache else value for value in self.args)
+        kwargs = {name: None if v is cache else v for name, v in self.kwargs.items()}
+        return Call(self.names, args, kwargs)
 
     def others(self) -> Iterator[tuple[str, Any]]:
         """Names and values of everything but the hidden state."""
@@ -122,7 +171,7 @@ class Rung(nn.Module):
     def prepare(self, call: Call) -> None:
         """Before the backbone's first block: room in the cache for the side's blocks."""
         if self.stem is not None and call.cache is not None:
-            grow_cache(call.cache, self.stream.num_layers)
+            grow_cache(call.cache, self.stream.num_layers, self.stream.rungs)
 
     def forward(self, call: Call, output: Any) -> Any:
         """Climb one rung; returns the block's output, joined with the side's after the last."""
@@ -148,7 +197,7 @@ class Rung(nn.Module):
             if name == "position_embeddings" and value is not None:
                 value = self.stream.side_rotary(value)
             elif name == "encoder_hidden_states" and value is not None:
-                value = self.stream.side_memory(value.shape[0])
+                value = self.stream.side_memory(value)
             elif name in _BIASES and self.heads is not None:
                 value = output[_BIASES[name]]
                 value = None if value is None else value.detach().index_select(1, self.heads)
@@ -195,8 +244,8 @@ def _uncaptured() -> Iterator[None]:
         collector.reset(token)
 
 
-def grow_cache(cache: Any, num_layers: int) -> None:
-    """Give a key-value cache one layer of the same kind for every side block.
+def grow_cache(cache: Any, num_layers: int, rungs: Sequence[int]) -> None:
+    """Give a key-value cache a layer for every side block, of the kind of its backbone block's.
 
     In the model's own cache they are reordered, cropped and moved with the backbone's.
     """
@@ -211,7 +260,7 @@ def grow_cache(cache: Any, num_layers: int) -> None:
             raise ValueError(
                 "the key-value cache was filled without the ladder; start from an empty one"
             )
-        part.layers.extend(copy.deepcopy(layer) for layer in list(part.layers))
+        part.layers.extend([copy.deepcopy(part.layers[index]) for index in rungs])
 
 
 # ---------------------------------------------------------------- ends
@@ -265,5 +314,6 @@ class EncoderEnd(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """The backbone's state as it is: its decoder reads the backbone's encoder."""
         state = self.stream.take()
-        self.stream.memory = state if self.norm is None else self.norm(state)
+        memory = state if self.norm is None else self.norm(state)
+        self.stream.remember(memory, hidden, settled=not self.training)
         return hidden

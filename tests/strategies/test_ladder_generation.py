@@ -17,10 +17,10 @@ DECODERS = ("llama", "gpt2", "qwen3", "gemma3_text", "mistral", "gpt_neox")
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def laddered(family: str, **settings: Any) -> nn.Module:
+def laddered(family: str, config: dict[str, Any] | None = None, **settings: Any) -> nn.Module:
     """A model whose side network says something, ready to generate."""
     torch.manual_seed(0)
-    model = tiny_model(family, use_cache=True).eval()
+    model = tiny_model(family, use_cache=True, **(config or {})).eval()
     given = {"reduction": 2, **settings}
     memrt.prepare(model, [f"ladder({', '.join(f'{k}={v!r}' for k, v in given.items())})"])
     generator = torch.Generator().manual_seed(1)
@@ -87,6 +87,29 @@ def test_token_by_token_gives_the_logits_of_the_whole_forward(side: str, every: 
             pieces.append(output.logits)
     kept = mask.bool()
     torch.testing.assert_close(torch.cat(pieces, dim=1)[kept], whole[kept], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "rungs", [{}, {"every": 2}, {"layers": (0, 2)}, {"layers": (1, 2)}], ids=str
+)
+@pytest.mark.parametrize("first", ["sliding_attention", "full_attention"])
+def test_a_side_block_s_cache_is_of_its_backbone_block_s_kind(
+    rungs: dict[str, Any], first: str
+) -> None:
+    """Beyond the window, a sliding cache holds less than a full one."""
+    kinds = ["sliding_attention", "full_attention"]
+    kinds = kinds if first == kinds[0] else kinds[::-1]
+    model = laddered("gemma3_text", config={"sliding_window": 6, "layer_types": 2 * kinds}, **rungs)
+    ids = tiny_batches("llama", length=16)[0]["input_ids"]
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache, pieces = None, []
+        for index in range(ids.shape[1]):
+            output = model(ids[:, index : index + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            pieces.append(output.logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, **TOLERANCE)
+    assert len(cache.layers) == 4 + (4 if not rungs else 2)
 
 
 def test_beams_reorder_both_networks_caches() -> None:
@@ -156,3 +179,47 @@ def test_the_side_decoder_attends_to_the_side_encoder() -> None:
     assert torch.equal(*states), "the backbone's decoder reads the backbone's encoder"
     with pytest.raises(ValueError, match="pass input_ids"):
         laddered("t5")(encoder_outputs=(states[0],), decoder_input_ids=batch["decoder_input_ids"])
+
+
+def test_an_encoder_s_output_of_another_run_is_refused() -> None:
+    model = laddered("t5")
+    ids = prompt("right")["input_ids"]
+    decoder = {"decoder_input_ids": torch.tensor([[0, 5, 7], [0, 3, 2]])}
+    with torch.no_grad():
+        expected = model(input_ids=ids, **decoder).logits
+        first = model.get_encoder()(ids)
+        assert torch.equal(model(encoder_outputs=first, **decoder).logits, expected)
+        model.get_encoder()(ids.flip(1))
+        for _ in range(2):
+            with pytest.raises(ValueError, match="of another run of the encoder"):
+                model(encoder_outputs=first, **decoder)
+
+
+def test_training_keeps_no_keys_and_values_that_nobody_reads() -> None:
+    torch.manual_seed(0)
+    model = tiny_model("llama", use_cache=True).train()
+    run = memrt.prepare(model, ["ladder(reduction=2)"])
+    batch = tiny_batches("llama")[0]
+    output = model(**batch)
+    assert not output.past_key_values.get_seq_length()
+    run.detach()
+    with torch.no_grad():
+        filled = model(batch["input_ids"]).past_key_values
+    run = memrt.prepare(model, ["ladder(reduction=2)"])
+    with pytest.raises(ValueError, match="filled without the ladder"):  # it is not thrown away
+        model(**{**batch, "attention_mask": None}, past_key_values=filled)
+    run.detach()
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_detach_gives_every_module_its_mode_back(family: str) -> None:
+    model = tiny_model(family).train()
+    first = next(m for m in model.modules() if isinstance(m, nn.ModuleList))[0]
+    first.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    memrt.prepare(model, ["ladder(reduction=2)"]).detach()
+    assert {name: module.training for name, module in model.named_modules()} == before
+    run = memrt.prepare(model, ["ladder(reduction=2)"])
+    model.eval()
+    run.detach()
+    assert not any(module.training for module in model.modules())
