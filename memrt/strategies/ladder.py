@@ -26,6 +26,7 @@ LST: Sung et al. 2022, arXiv 2206.06522. QST, with `nf4`: Zhang et al. 2024, arX
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -122,6 +123,8 @@ class Ladder(Strategy):
             value = getattr(self, option)
             if value not in known:
                 raise ValueError(f"{option}={value!r}: use one of {', '.join(known)}")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed={self.seed!r}: must be a whole number")
         if not isinstance(self.checkpoint, bool):
             raise ValueError(f"checkpoint={self.checkpoint!r}: must be True or False")
         if self.kept != "exact" and self.taps in FIXED_TAPS:
@@ -139,6 +142,11 @@ class Ladder(Strategy):
         self._check_layers()
 
     def _check_layers(self) -> None:
+        if isinstance(self.layers, (str, bytes)) or not isinstance(self.layers, Iterable):
+            raise ValueError(
+                f"layers={self.layers!r}: must be a list of layers from 0, such as "
+                "layers=(0, 2); every=2 takes every second"
+            )
         object.__setattr__(self, "layers", tuple(self.layers))
         if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in self.layers):
             raise ValueError(f"layers={self.layers!r}: must be numbers of layers, from 0")
@@ -253,7 +261,10 @@ class _Ladder(Attachment):
         for name, parameter in run.model.named_parameters():
             if name not in trained:
                 parameter.requires_grad_(False)
-        self._resting = build_ladder(run, settings)
+        self._mode = run.model.training
+        before = {module: module.training for module in run.model.modules()}
+        resting = build_ladder(run, settings)
+        self._modes = {m: before[m] for each in resting for m in each.modules() if m in before}
 
     @property
     def apart(self) -> Literal["no", "may", "must"]:
@@ -285,6 +296,7 @@ class _Ladder(Attachment):
         )
 
     def detach(self) -> None:
-        """Let the backbone follow the model's mode again."""
-        for module in self._resting:
-            nn.Module.train(module, self.run.model.training)
+        """Give the backbone its modes back; where the model's has changed since, that."""
+        mode = self.run.model.training
+        for module, before in self._modes.items():
+            module.training = before if mode is self._mode else mode

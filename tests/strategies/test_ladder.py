@@ -437,6 +437,10 @@ def test_what_does_not_fit_the_model_is_refused(settings: dict[str, Any], messag
         ({"layers": (1,), "every": 2}, "one of the two"),
         ({"taps": "pooled", "kept": "float8"}, "keep nothing"),
         ({"checkpoint": 1}, "True or False"),
+        ({"layers": 3}, "layers=3: must be a list"),
+        ({"layers": "02"}, "layers='02': must be a list"),
+        ({"seed": "a"}, "seed='a': must be a whole number"),
+        ({"seed": 1.5}, "seed=1.5: must be a whole number"),
     ],
     ids=str,
 )
