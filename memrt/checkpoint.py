@@ -33,6 +33,7 @@ from memrt.checkpoint_loading import has_weight_files, load_weights
 from memrt.checkpoint_saving import MAX_SHARD_BYTES, saving, write_json, write_text
 from memrt.errors import CheckpointWriteError
 from memrt.registry import from_json
+from memrt.saved_settings import check_settings
 from memrt.session import STATE_VERSION
 
 if TYPE_CHECKING:
@@ -172,10 +173,6 @@ def save_state(folder: Path, session: Session) -> None:
     )
 
 
-def _plain(strategy: Strategy) -> Any:
-    return json.loads(json.dumps(strategy.to_json()))
-
-
 def _settings(folder: Path) -> dict[str, Any] | None:
     path = folder / SETTINGS_NAME
     if not path.is_file():
@@ -205,20 +202,8 @@ def check_state(folder: Path, strategies: Sequence[Strategy]) -> None:
     Settings of `exact` strategies may differ: they change no number.
     """
     settings = _settings(folder)
-    written = {} if settings is None else {each["name"]: each for each in settings["strategies"]}
-    here = {strategy.name: strategy for strategy in strategies}
-    if set(written) != set(here):
-        raise ValueError(
-            f"{folder} was written with strategies {sorted(written) or 'none'}, this run has "
-            f"{sorted(here) or 'none'}; resume with the same strategies, or load its weights with "
-            "from_pretrained and start a new run"
-        )
-    for name, strategy in here.items():
-        if not strategy.exact and _plain(strategy) != written[name]:
-            raise ValueError(
-                f"{folder} was written with {from_json(written[name])}, this run has {strategy}; "
-                "resume with the same settings"
-            )
+    written = [] if settings is None else settings["strategies"]
+    check_settings(written, strategies, source=str(folder))
 
 
 def load_state(

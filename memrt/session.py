@@ -20,6 +20,7 @@ from memrt.optimizer_slots import build_optimizer
 from memrt.optimizer_state import OptimizerState
 from memrt.places import Mover, place_named
 from memrt.saved import SavedTensorChain
+from memrt.saved_settings import check_settings
 from memrt.strategy import Attachment, Slot, Strategy
 from memrt.structure import Facts, RunSettings, discover
 from memrt.surgery import Surgery
@@ -339,19 +340,17 @@ class Session:
         }
 
     def load_strategy_state(self, state: dict[str, Any]) -> None:
-        """Restore `strategy_state`; refuses the state of another stack of strategies."""
+        """Restore `strategy_state`; refuses that of other strategies or of other settings.
+
+        A step that is open is abandoned: nothing of it counts afterwards.
+        """
         if state.get("version") != STATE_VERSION:
             raise ValueError(
                 f"strategy state has version {state.get('version')!r}, this memrt reads "
                 f"{STATE_VERSION}; resume with the memrt that wrote it"
             )
-        saved = sorted(state["strategies"])
-        here = sorted(a.name for a in self.attachments)
-        if saved != here:
-            raise ValueError(
-                f"the checkpoint was written with strategies {saved}, this run has {here}; "
-                "resume with the same strategies"
-            )
+        check_settings(state["settings"], self.strategies, source="the state")
+        self.abandon_step()  # its gradients and norms are of weights that this state replaces
         self.step_index = int(state["step"])
         self._state.forget_parked()  # what this run parked so far must not come back
         for attachment in self.attachments:
