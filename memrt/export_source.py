@@ -27,11 +27,10 @@ from memrt.initialization import Skeleton
 from memrt.loading import load
 from memrt.model_source import WeightSource, auto_class, resolve_config, weight_source
 from memrt.packed_strategy import PackedStrategy
-from memrt.packed_weights import packable, packed_layers
+from memrt.packed_weights import packed_layers
 from memrt.plain_weights import PlainWeights
 from memrt.session import Session
-from memrt.structure import Facts, RunSettings, discover
-from memrt.weight_files import WeightFiles
+from memrt.weight_files import WeightFiles, assign
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -222,9 +221,12 @@ class Source:
         if not self.packed:
             return kind.from_pretrained(self.folder)
         model = kind._from_config(config)
-        for name in packable(Facts(model=model, structure=discover(model), settings=RunSettings())):
-            # what trained does not matter here, that something did does
-            model.get_submodule(name).weight.requires_grad_(False)
+        with WeightFiles(self.weight_source()) as files:
+            plain = assign(model, files, lambda key, name: files.read(key)).plain
+            # what else was frozen does not matter here: frozen ones alone would be packed
+            for name, parameter in model.named_parameters():
+                if name in plain and not files.stored_dtype(plain[name]).is_floating_point:
+                    parameter.requires_grad_(False)
         return model
 
     # ------------------------------------------------------------ other files

@@ -142,7 +142,7 @@ class PlainWeights:
                 f"{self.files.path(key)}: {key!r} is {stored} {list(shape)}, the config makes it "
                 f"{meta.dtype} {list(wanted)}; name the folder that both were saved to"
             )
-        if form is None:
+        if form is None or self.adapters is None:  # a run saves what it packed as it is
             return partial(self.files.read, key)
         self.num_unpacked += 1
         return lambda: _rounded(form, self.files.read(key).to(meta.dtype), axis)

@@ -18,6 +18,8 @@ from memrt.adapters import has_adapter_files
 from memrt.checkpoint import SETTINGS_NAME, STATE_NAME
 from memrt.errors import CheckpointWriteError
 from memrt.export import export_checkpoint, export_run, strip
+from memrt.export_source import Source
+from memrt.packed_weights import packed_layers
 from memrt.testing import tiny_batches
 from tests.contract import SPECS, specs
 from tests.trainer_runs import assert_equal, model_of, run, trainer_of, weights
@@ -61,6 +63,43 @@ def test_every_strategy_exports_a_run_and_a_checkpoint(
     model.train()(**tiny_batches("llama")[0])["loss"].backward()
     check_folder(tmp_path / "from_run", trainer, expected)
     check_folder(tmp_path / "from_checkpoint", trainer, expected)
+
+
+def frozen_but(*parts: str) -> Any:
+    """A model of which everything is frozen but these."""
+    model = model_of("llama")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in parts))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("spec", "trained", "num_packed"),
+    [
+        ("nf4", ("layers.2.", "norm"), 14),  # what trains of the linear weights stays dense
+        ("int8", ("layers.2.", "norm"), 14),
+        ("nf4(head=True)", ("norm", "embed_tokens"), 22),
+        ("nf4(keep=['o_proj'])", ("norm",), 18),
+    ],
+)
+def test_a_whole_checkpoint_unpacks_what_was_packed_and_no_more(
+    spec: str, trained: tuple[str, ...], num_packed: int, tmp_path: Path
+) -> None:
+    options = {"strategies": [spec]}
+    trainer = run(tmp_path / "run", model=frozen_but(*trained), options=options, **SAVING)
+    assert len(packed_layers(trainer.model)) == num_packed
+    expected = logits(trainer.model)
+    checkpoint = tmp_path / "run/checkpoint-2"
+    done = export_checkpoint(checkpoint, tmp_path / "plain", verify=True)
+    assert done.num_unpacked == num_packed
+    whole, _, num_unpacked = Source.open(checkpoint, base=None, task=None).stripped_model()
+    assert num_unpacked == num_packed
+    export_run(trainer, tmp_path / "from_run")
+    for folder in (tmp_path / "plain", tmp_path / "from_run"):
+        loaded = type(model_of("llama")).from_pretrained(folder)
+        assert_equal(loaded.state_dict(), weights(trainer))
+        assert_equal(whole.state_dict(), loaded.state_dict())
+        assert torch.equal(logits(loaded), expected)
 
 
 def test_a_ladder_says_how_its_side_network_is_written(tmp_path: Path) -> None:
