@@ -4,17 +4,18 @@ bf16 has 8 bits of precision: an update of less than 2^-9 of its weight is lost 
 rounded to the nearest, and most updates are. Rounded up with a probability that is the fraction of
 the way to the next value, the weight is right in the mean, without the 4 bytes of a master copy:
 
-    r = hash(seed, parameter, step, element) in [0, 2^16)
+    r = hash(seed, parameter, lifetime, step, element) in [0, 2^16)
     bf16(x) = the upper 16 bits of (the 32 bits of x) + r
 
 What bf16 has exactly stays as it is; NaN, infinities and what lies beyond bf16's largest number are
 rounded to the nearest. The hash is integer arithmetic modulo 2^32: the same bits in PyTorch on any
 device and in Triton, the same in a resumed run, and nothing to save but the seed.
 
-    key0, key1 = 62 bits of blake2b(seed, parameter)
+    key0, key1 = 62 bits of blake2b(seed, parameter, lifetime)
     hash = mix(mix(element ^ mix(key0 ^ step)) + high ^ key1),  element + 2^32 * high the index
 
-with mix a bijection of 32-bit words: xor-shift, multiply, xor-shift, multiply, xor-shift.
+with mix a bijection of 32-bit words: xor-shift, multiply, xor-shift, multiply, xor-shift. The
+lifetime tells steps of one number apart where a parameter's count of steps begins anew.
 
 Temporaries: 57 bytes an element of a piece of at most 2^16 elements on the CPU (`workspace_bytes`);
 none on CUDA. Nothing of it is differentiable.
@@ -57,9 +58,10 @@ class Rounding(NamedTuple):
     """The number of the step, 0-dim, on any device: it is not read on the host."""
 
 
-def rounding_key(seed: int, parameter: int) -> tuple[int, int]:
-    """Two words below 2^31 for a parameter's number and a seed."""
-    digest = blake2b(f"{seed},{parameter}".encode(), digest_size=8).digest()
+def rounding_key(seed: int, parameter: int, lifetime: int = 0) -> tuple[int, int]:
+    """Two words below 2^31 for a seed, a parameter's number and how often its steps began anew."""
+    words = (seed, parameter, lifetime) if lifetime else (seed, parameter)
+    digest = blake2b(",".join(map(str, words)).encode(), digest_size=8).digest()
     low, high = (int.from_bytes(part, "big") >> 1 for part in (digest[:4], digest[4:]))
     return low, high
 

@@ -18,7 +18,8 @@ R, and what the projection needs.
 
 bf16 weights are rounded once a step, stochastically (`memrt.kernels.stochastic_rounding`): to the
 nearest, updates and decay below 2^-9 of a weight are lost. `stochastic_rounding=False` turns that
-off.
+off. The bits are those of a parameter's step and of how often its state was freed and made anew, so
+that no interval of LISA or BAdam repeats those of another; the latter is saved.
 
 A step with a gradient that is not finite is left out whole and counted (`num_skipped_steps`):
 weights, moments and step counters stay. On CUDA the check waits for the gradients, once a step.
@@ -39,6 +40,7 @@ from torch.optim.optimizer import ParamsT
 from memrt.kernels.finite import all_finite
 from memrt.kernels.stochastic_rounding import Rounding, rounding_key
 from memrt.optimizers.formed_projection import FormedProjection
+from memrt.optimizers.parameter_counts import ParameterCounts
 from memrt.optimizers.parameter_groups import check_group, check_storages
 from memrt.optimizers.projection import Projection
 from memrt.optimizers.state_formats import (
@@ -58,7 +60,8 @@ class AdamW(torch.optim.Optimizer):
         `state_format`, `stochastic_rounding` and `rounding_seed`.
     state_format: a name in `memrt.optimizers.state_formats.STATE_FORMATS`.
     stochastic_rounding: of bf16 weights; False rounds to the nearest. Others are not affected.
-    rounding_seed: what it rounds with, beside parameter, step and element; saved with the groups.
+    rounding_seed: what it rounds with, beside parameter, lifetime of its state, step and element;
+        saved with the groups.
     projections: the weights whose gradient arrives projected and never as `.grad`, or is projected
         here (`FormedProjection`).
 
@@ -83,7 +86,7 @@ class AdamW(torch.optim.Optimizer):
             name: kind() for name, kind in STATE_FORMATS.items()
         }
         self._group_index: dict[nn.Parameter, int] = {}
-        self._number: dict[nn.Parameter, int] = {}
+        self._lifetimes = ParameterCounts()  # of states: how many each parameter has had
         self.num_skipped_steps = 0
         defaults = {
             "lr": lr,
@@ -114,8 +117,7 @@ class AdamW(torch.optim.Optimizer):
             raise
         index = len(self.param_groups) - 1
         self._group_index |= dict.fromkeys(self.param_groups[index]["params"], index)
-        for parameter in self.param_groups[index]["params"]:
-            self._number[parameter] = len(self._number)
+        self._lifetimes.add(self.param_groups[index]["params"])
 
     # ---------------------------------------------------------------- the step
 
@@ -210,7 +212,8 @@ class AdamW(torch.optim.Optimizer):
     ) -> tuple[int, int] | None:
         if not group["stochastic_rounding"] or parameter.dtype is not torch.bfloat16:
             return None
-        return rounding_key(group["rounding_seed"], self._number[parameter])
+        before = max(0, self._lifetimes.count(parameter) - 1)
+        return rounding_key(group["rounding_seed"], self._lifetimes.number(parameter), before)
 
     def _format_of(self, group: dict[str, Any], shape: tuple[int, ...]) -> StateFormat:
         form = self._formats[group["state_format"]]
@@ -227,6 +230,7 @@ class AdamW(torch.optim.Optimizer):
         state = cast("dict[str, Tensor]", self.state[parameter])
         if not state:
             state.update(form.create(shape, parameter.device))
+            self._lifetimes.advance(parameter)
         else:
             form.check(state, shape, owner=f"a parameter of shape {tuple(parameter.shape)}")
         return state
@@ -239,8 +243,12 @@ class AdamW(torch.optim.Optimizer):
             yield from form.shared_tensors()
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, and how many steps were skipped."""
-        return {**super().state_dict(), "num_skipped_steps": self.num_skipped_steps}
+        """torch's, how many steps were skipped, and how many states each parameter has had."""
+        return {
+            **super().state_dict(),
+            "num_skipped_steps": self.num_skipped_steps,
+            "state_lifetimes": self._lifetimes.saved(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, in its own dtypes, onto the parameters' devices.
@@ -258,6 +266,9 @@ class AdamW(torch.optim.Optimizer):
             for parameter, state in loaded.items():
                 self.state[parameter] = state
             self.num_skipped_steps = int(state_dict.get("num_skipped_steps", 0))
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            first = [int(parameter in loaded) for parameter in parameters]  # before they were saved
+            self._lifetimes.load(state_dict.get("state_lifetimes", first))
 
         # after the user's own hooks, and before them: both see what they would see with torch
         before = self.register_load_state_dict_pre_hook(take)
@@ -295,7 +306,7 @@ class AdamW(torch.optim.Optimizer):
             "_projections": self._projections,
             "_formats": self._formats,
             "_group_index": self._group_index,
-            "_number": self._number,
+            "_lifetimes": self._lifetimes,
             "num_skipped_steps": self.num_skipped_steps,
         }
 
