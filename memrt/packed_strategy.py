@@ -56,7 +56,9 @@ class PackedStrategy(Strategy):
     def __post_init__(self) -> None:
         if not isinstance(self.head, bool):
             raise ValueError(f"head={self.head!r}: must be True or False")
-        if isinstance(self.keep, str):
+        if not isinstance(self.keep, (list, tuple)) or any(
+            not isinstance(part, str) for part in self.keep
+        ):
             raise ValueError(f"keep={self.keep!r}: must be a list such as ['o_proj']")
         object.__setattr__(self, "keep", tuple(self.keep))
 

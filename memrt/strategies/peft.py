@@ -15,6 +15,7 @@ input; see `fused_lora`. Methods without layers in the model (prompt and prefix 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -51,11 +52,12 @@ __all__ = ["Peft"]
 
 # PEFT's names of one thing differ by method
 _OPTION_NAMES = {
-    "rank": ("r", "rank", "init_r"),
+    "rank": ("init_r", "r"),  # AdaLoRA has both, and ignores r
     "alpha": ("lora_alpha", "alpha"),
     "dropout": ("lora_dropout", "rank_dropout", "dropout", "module_dropout"),
     "targets": ("target_modules",),
 }
+_NOT_GIVEN = (("rank", None), ("alpha", None), ("dropout", None))
 
 
 @register
@@ -65,11 +67,12 @@ class Peft(Strategy):
 
     method: PEFT's name of the method ("lora", "ia3", "adalora", "loha", "lokr", "vera", ...).
     rank: of the adapters.
-    alpha: the scale on their output is alpha / rank; 2 * rank where the method has one.
+    alpha: the scale on their output is alpha / rank; None is 2 * rank where the method has one.
     dropout: on the adapters' input.
     targets: "all-linear" (every linear layer but the head), or names of modules.
-    options: further arguments of the method's configuration, by PEFT's names.
-    config: a PEFT configuration (an object, or its dict) instead of all these.
+    options: further arguments of the method's configuration, by PEFT's names; not those of a
+        setting that is given.
+    config: a PEFT configuration (an object, or its dict) instead of all these, as it is.
     """
 
     name: ClassVar[str] = "peft"
@@ -88,17 +91,36 @@ class Peft(Strategy):
     def __post_init__(self) -> None:
         if find_spec("peft") is None:
             raise ValueError("PEFT is not installed; run: pip install peft")
+        self._check_types()
         if not isinstance(self.targets, str):
             object.__setattr__(self, "targets", tuple(self.targets))
         if self.options is not None:
             object.__setattr__(self, "options", plain(dict(self.options)))
         if self.config is not None:
             self._take_config()
-        elif self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
-            raise ValueError(f"rank={self.rank!r}: must be a whole number, 1 or more")
-        elif self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r}: must lie in [0, 1)")
         self.build()  # refuses what PEFT refuses
+
+    def _check_types(self) -> None:
+        if not isinstance(self.method, str):
+            raise ValueError(f"method={self.method!r}: must be a name, such as 'lora'")
+        if self.rank is not None:
+            _require_rank("rank", self.rank)
+        if self.alpha is not None:
+            _require_alpha("alpha", self.alpha)
+        if self.dropout is not None and not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout={self.dropout!r}: must be a number in [0, 1)")
+        if not _is_names(self.targets):
+            raise ValueError(
+                f"targets={self.targets!r}: must be 'all-linear' or a list of modules' names, such "
+                "as ['q_proj', 'v_proj']"
+            )
+        if self.options is not None and not (
+            isinstance(self.options, Mapping) and all(isinstance(key, str) for key in self.options)
+        ):
+            raise ValueError(
+                f"options={self.options!r}: must be a dict of arguments of PEFT's configuration, "
+                "such as {'use_rslora': True}"
+            )
 
     def _take_config(self) -> None:
         given = [
@@ -111,53 +133,60 @@ class Peft(Strategy):
                 f"{given[0]}={getattr(self, given[0])!r} and config were given; put everything "
                 "into config, or leave config out"
             )
-        config = self.config if isinstance(self.config, Mapping) else self.config.to_dict()
+        to_dict = getattr(self.config, "to_dict", None)
+        is_object = callable(to_dict) and not isinstance(self.config, type)
+        config = to_dict() if is_object else self.config  # type: ignore[misc]
+        if not isinstance(config, Mapping):
+            raise ValueError(
+                f"config={self.config!r}: must be a PEFT configuration, such as "
+                "peft.LoraConfig(r=8), or its dict"
+            )
         if "peft_type" not in config:
             raise ValueError(
                 "config: has no peft_type; give a PEFT configuration, such as LoraConfig"
             )
+        cls = _config_class(plain(config["peft_type"]), "peft_type of config")
+        _require_options(cls, config)
         object.__setattr__(self, "config", changed_values(config))
 
     def build(self) -> Any:
         """A new PEFT configuration of these settings."""
-        with without_hub_warning():  # PEFT imports bitsandbytes
-            import peft
-            from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
         if self.config is not None:
-            return peft.get_peft_config(dict(self.config))
-        kinds = {kind.value.lower(): kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
-        if self.method not in kinds:
-            raise unknown_name("PEFT method", self.method, sorted(kinds))
-        cls = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[self.method]]
-        known = {option.name for option in fields(cls)}
-        values = self._values(known)
-        options = self.options or {}
-        for option in options:
-            if option not in known:
-                raise unknown_name(f"option of PEFT's {cls.__name__}", option, sorted(known))
-        try:
-            return cls(**{**values, **options})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"PEFT's {cls.__name__} refuses these settings: {error}") from error
+            cls = _config_class(self.config["peft_type"], "peft_type of config")
+            return _made(cls, self.config)
+        cls = _config_class(self.method, "PEFT method", lower=True)
+        options = dict(self.options or {})
+        _require_options(cls, options)
+        return _made(cls, {**self._values(cls, options), **options})
 
-    def _values(self, known: set[str]) -> dict[str, Any]:
-        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
-        wanted = {
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "dropout": self.dropout,
-            "targets": targets,
+    def _values(self, cls: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings by PEFT's names; an option stands in for one that is not given."""
+        known = {option.name: option.default for option in fields(cls)}
+        names = {
+            option: next((name for name in _OPTION_NAMES[option] if name in known), None)
+            for option in _OPTION_NAMES
         }
-        values = {}
-        for option, value in wanted.items():
-            name = next((name for name in _OPTION_NAMES[option] if name in known), None)
-            if name is not None and value is not None:
-                values[name] = value
-            elif name is not None and option == "alpha" and self.rank is not None:
-                values[name] = 2 * self.rank
-            elif value is not None and option != "targets":
+        values: dict[str, Any] = {}
+        for option, default in (*_NOT_GIVEN, ("targets", "all-linear")):
+            value, name = getattr(self, option), names[option]
+            given = value != default
+            if given and name is None and option != "targets":
                 raise ValueError(f"{option}={value!r}: PEFT's {self.method} has none; leave it out")
+            if given and name is not None and name in options:
+                raise ValueError(
+                    f"{option}={value!r} and options={{{name!r}: {options[name]!r}}} say the same "
+                    "thing; leave one of them out"
+                )
+            if name is not None and value is not None:
+                values[name] = list(value) if isinstance(value, tuple) else value
+        rank, alpha = names["rank"], names["alpha"]
+        if alpha is not None and alpha in options:
+            _require_alpha(f"options: {alpha}", options[alpha])
+        elif alpha is not None and rank is not None and alpha not in values:
+            found = {rank: known[rank], **values, **options}[rank]
+            if found is not None:
+                _require_rank(f"options: {rank}", found)
+                values[alpha] = 2 * found
         return values
 
     def check(self, facts: Facts) -> None:
@@ -199,6 +228,57 @@ class Peft(Strategy):
     def attach(self, run: Session) -> Attachment:
         """Put the adapters into the layers, and freeze everything else."""
         return _Adapters(self, run)
+
+
+def _config_class(kind: Any, what: str, *, lower: bool = False) -> Any:
+    """PEFT's class for a kind of adapters."""
+    with without_hub_warning():  # PEFT imports bitsandbytes
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kinds = {
+        known.value.lower() if lower else known.value: cls
+        for known, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    }
+    if not isinstance(kind, str) or kind not in kinds:
+        raise unknown_name(what, str(kind), kinds)
+    return kinds[kind]
+
+
+def _require_options(cls: Any, options: Mapping[str, Any]) -> None:
+    known = {option.name for option in fields(cls)} | {"peft_type"}
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"option of PEFT's {cls.__name__}", str(option), sorted(known))
+
+
+def _made(cls: Any, values: Mapping[str, Any]) -> Any:
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"PEFT's {cls.__name__} refuses these settings: {error}") from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_names(value: object) -> bool:
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(isinstance(name, str) for name in value)
+    return isinstance(value, str)
+
+
+def _require_rank(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r}: must be a whole number, 1 or more")
+
+
+def _require_alpha(name: str, value: Any) -> None:
+    if not (_is_number(value) and 0 < value < math.inf):
+        raise ValueError(
+            f"{name}={value!r}: must be a number above 0, or the adapters could not train; leave "
+            "it out for 2 * rank"
+        )
 
 
 class _Adapters(Attachment):

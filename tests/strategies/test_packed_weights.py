@@ -288,7 +288,7 @@ def test_one_format_at_a_time() -> None:
         memrt.prepare(tiny_model("llama"), ["nf4", "int8", PEFT])
 
 
-@pytest.mark.parametrize("option", ["head=1", "keep='o_proj'"])
+@pytest.mark.parametrize("option", ["head=1", "keep='o_proj'", "keep=5", "keep=['q_proj', 3]"])
 def test_bad_options_are_refused(option: str) -> None:
     with pytest.raises(ValueError, match=option.partition("=")[0]):
         memrt.registry.parse(f"nf4({option})")

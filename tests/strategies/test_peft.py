@@ -81,11 +81,57 @@ def test_a_name_and_a_configuration_say_the_same() -> None:
         ("peft(options={'layers_pattern': 'h'})", "refuses these settings"),
         ("peft(rank=3, config={'peft_type': 'LORA'})", "rank=3 and config were given"),
         ("peft(config={'r': 3})", "has no peft_type"),
+        ("peft(rank=16, options={'r': 4})", r"rank=16 and options=\{'r': 4\} say the same"),
+        ("peft(method='adalora', rank=4, options={'init_r': 6})", "rank=4 and options=.*init_r"),
+        ("peft(alpha=8, options={'lora_alpha': 64})", "alpha=8 and options=.*'lora_alpha': 64"),
+        ("peft(dropout=0.1, options={'lora_dropout': 0.2})", "dropout=0.1 and options=.*0.2"),
+        ("peft(targets=['q_proj'], options={'target_modules': ['v_proj']})", "targets=.* and opt"),
+        ("peft(alpha=0)", "alpha=0: must be a number above 0"),
+        ("peft(options={'lora_alpha': 0})", "options: lora_alpha=0: must be a number above 0"),
+        ("peft(options={'r': 0})", "options: r=0: must be a whole number"),
+        ("peft(rank=True)", "rank=True: must be a whole number"),
+        ("peft(alpha='x')", "alpha='x': must be a number"),
+        ("peft(dropout='x')", "dropout='x': must be a number"),
+        ("peft(targets=5)", "targets=5: must be 'all-linear' or a list"),
+        ("peft(targets=['q_proj', 3])", "targets=.*'q_proj', 3.*must be"),
+        ("peft(method=3)", "method=3: must be a name, such as 'lora'"),
+        ("peft(options=3)", "options=3: must be a dict"),
+        ("peft(config=3)", "config=3: must be a PEFT configuration"),
+        ("peft(config={'peft_type': 'NOPE'})", "unknown peft_type of config 'NOPE'.*LORA"),
+        ("peft(config={'peft_type': 'LORA', 'bogus': 1})", "option of PEFT's LoraConfig 'bogus'"),
     ],
 )
 def test_bad_settings_are_refused(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         registry.parse(spec)
+
+
+def test_a_configuration_s_class_is_no_configuration() -> None:
+    with pytest.raises(ValueError, match=r"config=<class .*LoraConfig.*must be a PEFT config"):
+        Peft(config=peft.LoraConfig)
+
+
+@pytest.mark.parametrize(
+    ("spec", "rank", "alpha"),
+    [
+        ("peft", 8, 16),
+        ("peft(rank=8)", 8, 16),
+        ("peft(options={'r': 4})", 4, 8),
+        ("peft(rank=4, alpha=4)", 4, 4),
+        ("peft(rank=4, options={'lora_alpha': 6})", 4, 6),
+        ("peft(options={'r': 4, 'lora_alpha': 6})", 4, 6),
+    ],
+)
+def test_alpha_is_twice_the_rank_unless_it_is_given(spec: str, rank: int, alpha: int) -> None:
+    strategy = registry.parse(spec)
+    assert isinstance(strategy, Peft)
+    assert (strategy.build().r, strategy.build().lora_alpha) == (rank, alpha)
+
+
+def test_the_rank_of_adalora_is_the_one_that_it_reads() -> None:
+    strategy = registry.parse("peft(method='adalora', rank=6, options={'total_step': 9})")
+    assert isinstance(strategy, Peft)
+    assert (strategy.build().init_r, strategy.build().lora_alpha) == (6, 12)
 
 
 # -------------------------------------------------------------------- in the model
