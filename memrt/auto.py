@@ -119,7 +119,7 @@ def choose(
     nothing fits. `model`, `task` and the shapes are those of `memrt.plan`; `on_plan` is told what
     is about to be planned.
     """
-    card = Gpu.parse(budget)
+    card = Gpu.parse(budget, argument="budget")
     options: dict[str, Any] = {
         "accumulation_steps": accumulation_steps,
         "dtype": dtype,

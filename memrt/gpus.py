@@ -39,12 +39,21 @@ _CUBLAS_BYTES = {"low": 8_519_680, "expected": 8_519_680, "high": 32 * 2**20}
 _FRAGMENTATION = {"low": 0.0, "expected": 0.02, "high": 0.05}
 
 
-def _parse_bytes(text: str) -> int | None:
+_SMALLEST_BARE = 2**20
+"""A smaller number without a unit is taken for GiB by people, and would be bytes."""
+
+
+def _parse_bytes(text: Any, argument: str) -> int | None:
     """A size as `24GiB`, `80GB` or a number of bytes; None for anything else."""
+    if not isinstance(text, str):
+        raise ValueError(f"{argument}={text!r}: must be text, such as '24GiB'")
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match.group(2).lower() or "b") if match else None
     if match is None or unit is None or float(match.group(1)) <= 0:
         return None
+    if not match.group(2) and float(match.group(1)) < _SMALLEST_BARE:
+        number = match.group(1)
+        raise ValueError(f"{argument}={text!r}: {number} would be bytes; did you mean {number}GiB?")
     return int(float(match.group(1)) * unit)
 
 
@@ -64,7 +73,7 @@ class Host:
     @classmethod
     def parse(cls, text: str) -> Host:
         """From `64GiB`, `64GB` or a number of bytes; `ValueError` for anything else."""
-        found = _parse_bytes(text)
+        found = _parse_bytes(text, "host")
         if found is None:
             raise ValueError(f"host={text!r} is no size; write 64GiB, 64GB or a number of bytes")
         return cls(text=text, total_bytes=found)
@@ -93,19 +102,19 @@ class Gpu:
     total_bytes: int
 
     @classmethod
-    def parse(cls, text: str) -> Gpu:
+    def parse(cls, text: str, *, argument: str = "gpu") -> Gpu:
         """From a card (`rtx4090`, `a100-80`), `24GiB`, `80GB` or a number of bytes.
 
-        Raises `ValueError` for anything else.
+        Raises `ValueError` for anything else, which calls it `argument`.
         """
-        card = _CARDS_MIB.get(text.strip().lower().replace(" ", "").removeprefix("nvidia"))
-        if card is not None:
-            return cls(text=text, total_bytes=card * 2**20)
-        found = _parse_bytes(text)
+        card = str(text).strip().lower().replace(" ", "").removeprefix("nvidia")
+        if card in _CARDS_MIB:
+            return cls(text=text, total_bytes=_CARDS_MIB[card] * 2**20)
+        found = _parse_bytes(text, argument)
         if found is None:
             raise ValueError(
-                f"gpu={text!r} is neither a known card nor a size; write {', '.join(_CARDS_MIB)}, "
-                "or the size as 24GiB, 80GB or a number of bytes"
+                f"{argument}={text!r} is neither a known card nor a size; write "
+                f"{', '.join(_CARDS_MIB)}, or the size as 24GiB, 80GB or a number of bytes"
             )
         return cls(text=text, total_bytes=found)
 
@@ -160,7 +169,4 @@ class Gpu:
 
 def check_budget(text: str) -> None:
     """Refuse a `memory_budget` that is neither a card nor a size."""
-    try:
-        Gpu.parse(text)
-    except ValueError as error:
-        raise ValueError(str(error).replace("gpu=", "memory_budget=", 1)) from None
+    Gpu.parse(text, argument="memory_budget")

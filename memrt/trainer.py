@@ -30,6 +30,7 @@ from memrt.translation import join, with_own_optimizer
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from memrt.auto import Choice
     from memrt.strategy import Strategy
 
 __all__ = ["MemoryMixin", "Trainer", "unwrap_mixed_precision"]
@@ -66,6 +67,8 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
 
     args: Any
     optimizer: Any
+    memory_choice: Choice | None = None
+    """What `memory_budget` chose, and why; None without it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -162,8 +162,10 @@ def test_a_function_is_chosen_for_with_its_window() -> None:
 
 
 def test_bad_budgets_are_refused_before_anything_is_planned() -> None:
-    with pytest.raises(ValueError, match="24GiB"):
+    with pytest.raises(ValueError, match=r"^budget='much' is neither .* 24GiB"):
         choose(_config(), budget="much", on_plan=lambda stack: pytest.fail(stack))
+    with pytest.raises(ValueError, match=r"^budget=24: must be text, such as '24GiB'"):
+        choose(_config(), budget=24)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="64GiB"):
         Host.parse("big")
     with pytest.raises(ValueError, match="batch_size"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 import yaml
 
+import memrt
 from memrt import TrainingArguments
+from memrt.auto import Choice
 from memrt.auto_trainer import choice_for_trainer
 from memrt.cli.main import main
 from memrt.planning import Plan
@@ -56,6 +59,53 @@ def test_a_trainer_that_cannot_fit_says_what_was_tried(tmp_path: Path) -> None:
         trainer_of(tmp_path, family="plain", memory_budget="1GiB")
     with pytest.raises(ValueError, match="memory_budget='much' is neither"):
         TrainingArguments(output_dir=str(tmp_path), memory_budget="much")
+    with pytest.raises(ValueError, match=r"^memory_budget=24: must be text, such as '24GiB'"):
+        TrainingArguments(output_dir=str(tmp_path), memory_budget=24)
+    assert trainer_of(tmp_path).memory_choice is None
+
+
+def test_a_run_within_a_budget_is_resumed_with_its_own_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody named the strategies of the checkpoint, and they are not chosen a second time."""
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--model", write_model(Path("model")), "--data", write_text(Path("sums.txt"))]
+    words += [*SHORT, "--steps", "4"]
+    chosen: list[Sequence[str]] = []
+
+    def choose(model: Any, named: Any, *, budget: str, **options: Any) -> Choice:
+        chosen.append([str(each) for each in named])
+        found = memrt.plan(
+            model,
+            ["lisa(layers=1)"],
+            gpu=budget,
+            **{n: v for n, v in options.items() if n != "on_plan"},
+        )
+        return Choice(
+            strategies=("lisa(layers=1)",),
+            plan=found,
+            fits=True,
+            rung="",
+            reasons=(),
+            candidates=(),
+        )
+
+    monkeypatch.setattr("memrt.auto.choose", choose)
+    assert main([*words, "memory_budget=24GiB"]) == 0
+    assert len(chosen) == 1
+    for named in ([], ["--strategies", "lisa(layers=1)"]):
+        assert main([*words, *named, "memory_budget=24GiB", "--resume"]) == 0, capsys.readouterr()
+        assert "nothing is left to train" in capsys.readouterr().err
+    assert main([*words, "memory_budget=24GiB", "--resume", "memrt-run/checkpoint-2"]) == 0
+    assert len(chosen) == 1
+    kept = yaml.safe_load(next(Path("memrt-run").rglob("*.yaml")).read_text())
+    assert kept["strategies"] == ["lisa(layers=1)"]
+    capsys.readouterr()
+    assert main([*words, "memory_budget=23GiB", "--resume"]) == 1
+    assert "memory_budget was '24GiB' and is '23GiB'" in capsys.readouterr().err
+    named = ["--strategies", "int8_states", "memory_budget=24GiB", "--resume"]
+    assert main([*words, *named]) == 1
+    assert "was written with" in capsys.readouterr().err
 
 
 def test_memrt_train_chooses_before_the_model_is_loaded(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memrt import registry
-from memrt.gpus import Gpu
+from memrt.gpus import Gpu, Host
 from memrt.planning import plan, random_batches, simulate
 from memrt.profiling.ledger import Ledger
 from memrt.runner import copied, start, train_step
@@ -164,7 +164,7 @@ def test_a_function_needs_its_window_and_is_planned_with_it() -> None:
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
     [
-        *(("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("1.5 gib", 3 * 2**29), ("1024", 1024)),
+        *(("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("1.5 gib", 3 * 2**29), ("2097152", 2**21)),
         *(("rtx4090", 24_564 * 2**20), ("NVIDIA H100", 81_559 * 2**20), ("T4", 15 * 2**30)),
     ],
 )
@@ -176,6 +176,16 @@ def test_gpu_sizes(text: str, num_bytes: int) -> None:
 def test_bad_gpu_sizes_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="24GiB"):
         Gpu.parse(text)
+
+
+@pytest.mark.parametrize("text", ["24", " 24 ", "0.5", "1048575"])
+def test_a_small_number_without_a_unit_is_not_taken_for_bytes(text: str) -> None:
+    expected = f"{text.strip()} would be bytes; did you mean {text.strip()}GiB"
+    with pytest.raises(ValueError, match=f"^gpu='{text}': {expected}"):
+        Gpu.parse(text)
+    with pytest.raises(ValueError, match=f"^host='{text}': {expected}"):
+        Host.parse(text)
+    assert Gpu.parse("1048576").total_bytes == Gpu.parse("1MiB").total_bytes == 2**20
 
 
 @pytest.mark.parametrize("option", ["batch_size", "sequence_length", "accumulation_steps"])

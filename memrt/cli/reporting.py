@@ -21,7 +21,7 @@ def parse_gpu(arguments: argparse.Namespace) -> Gpu | None:
     """The card of `--gpu`; `ValueError` for a size that is none."""
     from memrt.gpus import Gpu
 
-    return None if arguments.gpu is None else Gpu.parse(arguments.gpu)
+    return None if arguments.gpu is None else Gpu.parse(arguments.gpu, argument="--gpu")
 
 
 def claim_folder(arguments: argparse.Namespace, *, kind: str) -> ReportFolder | None:

@@ -16,7 +16,21 @@ if TYPE_CHECKING:
     from memrt.cli.train_model import TrainedModel
     from memrt.data import Collator
 
-__all__ = ["within_budget"]
+__all__ = ["with_saved_choice", "within_budget"]
+
+
+def with_saved_choice(settings: TrainConfig, saved: TrainConfig) -> TrainConfig | None:
+    """The settings with the strategies that the run was given when it began.
+
+    None where it had another budget, or was not given every strategy that is named now.
+    """
+    budget = settings.values.get("memory_budget")
+    if budget is None or budget != saved.values.get("memory_budget"):
+        return None
+    if not all(strategy in saved.strategies for strategy in settings.strategies):
+        return None
+    chosen = saved.values["strategies"]
+    return replace(settings, values={**settings.values, "strategies": chosen})
 
 
 def within_budget(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from memrt import registry
 from memrt.arguments import TrainingArguments
 from memrt.cli.stacks import parse_stack
 from memrt.cli.train_keys import SECTIONS, Key, find_key, keys, unknown_key
+from memrt.cli.train_ranges import require_ranges
 from memrt.cli.train_types import require_type
 from memrt.data import DataSettings
 from memrt.data_files import SOURCES
@@ -150,7 +152,9 @@ def resolve(
     assert isinstance(plain, dict)
     given = {} if base is None else dict(base.values)
     given |= dict(_flat(translated(plain, base=given)))
-    config = TrainConfig(_complete(given))
+    values = _complete(given)
+    require_ranges(values, typed={find_key(word): word for word, _ in words})
+    config = TrainConfig(values)
     _ = config.data  # checks itself
     return config
 
@@ -182,12 +186,20 @@ def _flat(tree: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     """Full names with values; a name that is no setting is refused."""
     for name, value in tree.items():
         if name not in SECTIONS:
+            if isinstance(value, Mapping) and name not in keys():
+                raise _unknown_section(str(name))
             yield _known(str(name)), value
         elif isinstance(value, Mapping):
             for inner, each in value.items():
                 yield _known(f"{name}.{inner}"), each
         elif value is not None:
             raise ValueError(f"{name}={value!r}: must be a section with keys")
+
+
+def _unknown_section(name: str) -> ValueError:
+    close = get_close_matches(name, SECTIONS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"the sections are {', '.join(SECTIONS)}"
+    return ValueError(f"unknown key {name!r}, which holds keys; {hint}")
 
 
 def _known(name: str) -> str:

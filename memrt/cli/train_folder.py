@@ -27,6 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from memrt.checkpoint import check_state, recover, write_json, write_text
 from memrt.cli.train_config import TrainConfig
 from memrt.cli.train_keys import keys
+from memrt.cli.train_length import checkpoints_in, require_longer
 from memrt.data_arrow import HubTable
 from memrt.data_files import is_hub_dataset
 
@@ -118,7 +119,7 @@ class RunFolder:
         """For a run that goes on; refuses one of other settings and a damaged checkpoint."""
         start = config.output if named is None else named
         if not start.is_dir():
-            raise ValueError(f"--resume: there is no folder {str(start)!r}; leave --resume out")
+            raise ValueError(f"--resume: there is no folder {str(start)!r}; {_instead_of(start)}")
         recover(run_of(start))
         last = str(start) if start != run_of(start) else get_last_checkpoint(str(start))
         if last is None:
@@ -126,6 +127,7 @@ class RunFolder:
                 f"--resume: {str(start)!r} holds no checkpoint; leave --resume out to start anew"
             )
         _require_whole(Path(last))
+        require_longer(Path(last), config.arguments)
         origin = run_of(Path(last))
         if (origin / _CONFIG).is_file():
             _require_alike(origin, config)
@@ -230,11 +232,15 @@ def _require_whole(checkpoint: Path) -> None:
     problem = next(_damage(checkpoint), None)
     if problem is None:
         return
-    others = [p for p in checkpoint.parent.glob("checkpoint-*") if p != checkpoint]
-    others = [p for p in others if p.name.rpartition("-")[2].isdigit()]
-    last = max(others, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    remedy = "start the run anew" if last is None else f"resume from another: --resume {last}"
+    others = [path for path in checkpoints_in(checkpoint.parent).values() if path != checkpoint]
+    remedy = f"resume from another: --resume {others[-1]}" if others else "start the run anew"
     raise ValueError(f"--resume: {problem}; {remedy}")
+
+
+def _instead_of(start: Path) -> str:
+    """What to name where there is no such run or checkpoint."""
+    others = [] if start == run_of(start) else list(checkpoints_in(run_of(start)).values())
+    return f"the last one is --resume {others[-1]}" if others else "leave --resume out"
 
 
 def _damage(checkpoint: Path) -> Iterator[str]:

@@ -253,7 +253,7 @@ def unknown_key(name: str) -> ValueError:
     candidates = {full.rpartition(".")[2]: full for full in reversed(list(keys()))}
     candidates |= {full: full for full in keys()}
     if not section:
-        candidates |= ALIASES
+        candidates |= {each: each for each in SECTIONS} | ALIASES
     close = get_close_matches(name, candidates, n=1, cutoff=0.6)
     close = close or get_close_matches(last, candidates, n=1, cutoff=0.6)
     hint = f"; did you mean {candidates[close[0]]!r}?" if close else ""

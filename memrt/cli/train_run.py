@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerState
 from transformers.utils import logging as transformers_logging
 
 from memrt.checkpoint import TRAINER_STATE_NAME, load_state
-from memrt.cli.train_budget import within_budget
+from memrt.cli.train_budget import with_saved_choice, within_budget
 from memrt.cli.train_classes import (
     classifier_of,
     data_for,
@@ -23,7 +23,9 @@ from memrt.cli.train_classes import (
     without_unused_types,
 )
 from memrt.cli.train_console import ConsoleCallback, Intervals, Speed
+from memrt.cli.train_elsewhere import hub_errors, require_callbacks
 from memrt.cli.train_folder import RunFolder
+from memrt.cli.train_length import require_longer
 from memrt.cli.train_model import TrainedModel, tokenizer_for
 from memrt.cli.train_plan import predict
 from memrt.cli.train_publish import write_trained
@@ -55,6 +57,7 @@ class TrainRun:
         self._folder: RunFolder | None = None
         self._predicted: dict[str, Any] | None = None
         self._loading: dict[str, Any] = {}
+        self._is_chosen = False
 
     def last_checkpoint(self) -> str | None:
         """The newest whole checkpoint, if the run came that far."""
@@ -66,7 +69,8 @@ class TrainRun:
         for argument, path in self.settings.data.paths():
             if path is not None:
                 require_file(path, f"data.{argument}")
-        _ = self.settings.arguments  # its errors come before the model is read
+        # errors of the settings come before the model is read
+        require_callbacks(self.settings.arguments.report_to)
         folder = self._claim()
         _say(
             f"output: {folder.path}" + (f", from {folder.checkpoint}" if folder.checkpoint else "")
@@ -84,7 +88,12 @@ class TrainRun:
     def _claim(self) -> RunFolder:
         if self._words.resume:
             named = self._words.resume_from
-            return RunFolder.resumed(self.settings, None if named is None else Path(named))
+            start = None if named is None else Path(named)
+            saved = RunFolder.settings_of(start or self.settings.output)
+            chosen = None if saved is None else with_saved_choice(self.settings, saved)
+            if chosen is not None:
+                self.settings, self._is_chosen = chosen, True
+            return RunFolder.resumed(self.settings, start)
         return RunFolder.fresh(self.settings.output, overwrite=self._words.overwrite)
 
     def _prepare(self, folder: RunFolder) -> None:
@@ -94,7 +103,10 @@ class TrainRun:
         train, evaluation = self._data.train, self._data.evaluation
         held_out = "" if evaluation is None else f", {len(evaluation):,} to evaluate on"
         _say(f"{self._model.name}; {len(train):,} examples to train on{held_out}")
-        settings = within_budget(settings, self._model, train, self._collator, _say)
+        if folder.checkpoint is not None:
+            require_longer(folder.checkpoint, settings.arguments, num_examples=len(train))
+        if not self._is_chosen:
+            settings = within_budget(settings, self._model, train, self._collator, _say)
         self.settings = settings
         try:
             self._predicted = predict(settings, self._model, train, self._collator)
@@ -131,17 +143,18 @@ class TrainRun:
         model, notes = self._load_model() if arguments.memory_report else self._model.load(settings)
         for note in notes:
             _say(f"note: {note}")
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=self._data.train,
-            eval_dataset=self._data.evaluation,
-            data_collator=self._collator,
-            processing_class=self._tokenizer,
-            # for strategies that look at data before the first step
-            probe_dataset=self._data.train if arguments.strategies else None,
-            **metrics_for(self._model.task),
-        )
+        with hub_errors(arguments):
+            trainer = Trainer(
+                model=model,
+                args=arguments,
+                train_dataset=self._data.train,
+                eval_dataset=self._data.evaluation,
+                data_collator=self._collator,
+                processing_class=self._tokenizer,
+                # for strategies that look at data before the first step
+                probe_dataset=self._data.train if arguments.strategies else None,
+                **metrics_for(self._model.task),
+            )
         if self._is_classifier:
             # its loss is a mean over each micro-batch, whatever the number of items it is told
             trainer.loss_is_scaled_for_ga = False
@@ -259,12 +272,13 @@ def _steps_left(trainer: Trainer, checkpoint: Path) -> int:
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     loader = trainer.get_train_dataloader()
     total = int(trainer.set_initial_training_values(trainer.args, loader)[-1])
-    if total != state.max_steps:
+    left = total - int(state.global_step)
+    if left > 0 and total != state.max_steps:
         _say(
             f"the run was to have {state.max_steps} steps and now has {total}: after its next step "
             "the learning rate follows the new schedule"
         )
-    return total - int(state.global_step)
+    return left
 
 
 def _say(text: str) -> None:

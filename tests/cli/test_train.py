@@ -6,13 +6,17 @@ import errno
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations import integration_utils
 
 from memrt.cli.train_console import ConsoleCallback
+from memrt.cli.train_elsewhere import hub_errors
 from memrt.data import DataSettings, load_examples
 from tests.cli.conftest import Command
 from tests.cli.train_runs import SHORT, write_model, write_pairs, write_text
@@ -203,6 +207,42 @@ def test_a_full_disk_is_one_line(memrt: Command, monkeypatch: pytest.MonkeyPatch
     assert "GiB free" in result.error
     assert "Traceback" not in result.err
     assert [path.name for path in Path("memrt-run").iterdir()] == ["memrt"]
+
+
+def test_a_logger_that_is_not_installed_is_told_before_data_is_read(
+    memrt: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr("memrt.cli.train_run.load_examples", read)
+    monkeypatch.setattr(integration_utils, "is_wandb_available", lambda: False)
+    for name, expected in (("wandb", "pip install wandb"), ("wandbb", "is not supported, only")):
+        result = memrt("train", *TEXT, *SHORT, f"training.report_to={name}")
+        assert result.code == 1
+        assert f"training.report_to='{name}': " in result.error
+        assert expected in result.error
+        assert "Traceback" not in result.err
+    assert not Path("memrt-run").exists()
+
+
+@pytest.mark.parametrize("kind", [OSError, HfHubHTTPError.__bases__[0]])
+def test_a_hub_that_cannot_be_pushed_to_is_one_line(
+    memrt: Command, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """The HTTP client's own errors too, which are no OSError."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise kind("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("transformers.Trainer.init_hf_repo", fail)
+    result = memrt("train", *TEXT, *SHORT, "--steps", 2, "training.push_to_hub=true")
+    assert result.code == 1
+    assert "training.push_to_hub=true: the Hub cannot be used ([Errno -2] Name" in result.error
+    assert "Traceback" not in result.err
+    # an error of another place keeps its own sentence
+    with pytest.raises(OSError, match="disk"), hub_errors(SimpleNamespace(push_to_hub=False)):
+        raise OSError("disk")
 
 
 def test_a_hub_id_without_network_says_so(memrt: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,41 @@ def test_a_run_of_other_settings_is_refused_and_the_difference_named(memrt: Comm
     _train(memrt, *RUN, "--steps", 2, "training.weight_decay=0.0", "--resume")
 
 
+def test_fewer_steps_than_were_trained_are_refused_and_nothing_is_rewritten(
+    memrt: Command,
+) -> None:
+    _train(memrt, *RUN, "--steps", 4)
+    kept = Path("memrt-run/memrt/config.yaml").read_bytes()
+    refused = [
+        (["--steps", 3], "training.max_steps=3: the checkpoint is at step 4; name a larger one"),
+        (["--steps", -1, "--epochs", 0.1], "training.num_train_epochs=0.1, "),
+    ]
+    for words, expected in refused:
+        result = memrt("train", "--resume", *words)
+        assert result.code == 1
+        assert expected in result.error
+        assert result.error.endswith(", or --resume memrt-run/checkpoint-2")
+        assert "predicted" not in result.err
+    result = memrt("train", "--resume", "--steps", 1)
+    assert result.error.endswith("the checkpoint is at step 4; name a larger one")
+    assert Path("memrt-run/memrt/config.yaml").read_bytes() == kept
+    # the end of the run is where the checkpoint is: no step follows a new schedule
+    result = memrt("train", "--resume", "memrt-run/checkpoint-2", "--steps", 2, "--output", "half")
+    assert result.code == 0, result.err
+    assert "nothing is left to train" in result.err
+    assert "schedule" not in result.err
+
+
+def test_a_run_of_epochs_is_finished_where_the_trainer_says(memrt: Command) -> None:
+    """As many steps as transformers counts, for a part of an epoch and a last short batch too."""
+    write_text(Path("sums.txt"), num_lines=7)
+    words = ["--epochs", "0.4", "--accumulation", "2", "--save-strategy", "epoch"]
+    _train(memrt, *RUN, *words)
+    result = memrt("train", *RUN, *words, "--resume")
+    assert result.code == 0, result.err
+    assert "nothing is left to train" in result.err
+
+
 def test_intervals_may_change_and_then_do(memrt: Command) -> None:
     _train(memrt, *RUN, "--steps", 6, "--save-steps", 3)
     words = ["--resume", "memrt-run/checkpoint-3", "--output", "other", "--save-steps", 2]
@@ -142,10 +177,19 @@ def test_a_damaged_checkpoint_names_the_one_before(memrt: Command, name: str) ->
     _train(memrt, "--resume", "memrt-run/checkpoint-2")
 
 
+def test_a_checkpoint_that_is_not_there_names_the_last_one(memrt: Command) -> None:
+    for step in (4, 12):
+        Path(f"memrt-run/checkpoint-{step}").mkdir(parents=True)
+    result = memrt("train", *RUN, "--resume", "memrt-run/checkpoint-9")
+    assert result.code == 1
+    assert "there is no folder 'memrt-run/checkpoint-9'; the last one is " in result.error
+    assert result.error.endswith("--resume memrt-run/checkpoint-12")
+
+
 def test_there_must_be_something_to_resume(memrt: Command) -> None:
     result = memrt("train", *RUN, "--resume")
     assert result.code == 1
-    assert "there is no folder 'memrt-run'" in result.error
+    assert "there is no folder 'memrt-run'; leave --resume out" in result.error
     Path("memrt-run").mkdir()
     result = memrt("train", *RUN, "--resume")
     assert result.code == 1
