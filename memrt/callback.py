@@ -15,6 +15,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from memrt.compose import MARK
 from memrt.memory_report import MemoryReport
 from memrt.session import Session
 
@@ -59,6 +60,7 @@ class MemoryProfilerCallback(transformers.TrainerCallback):  # type: ignore[misc
         **_: Any,
     ) -> None:
         """Training begins: the model and its optimizer are there."""
+        _refuse_strategies(args, model)
         if args.n_gpu > 1:
             raise ValueError(
                 "MemoryProfilerCallback counts one device, and torch's DataParallel uses "
@@ -133,4 +135,14 @@ class MemoryProfilerCallback(transformers.TrainerCallback):  # type: ignore[misc
             batch_size=args.per_device_train_batch_size,
             accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        )
+
+
+def _refuse_strategies(args: Any, model: nn.Module) -> None:
+    """A session of memrt's own counts what strategies hold; this one would not know of them."""
+    named = ("strategies", "memory_budget", "memory_report")
+    if vars(model).get(MARK) or any(getattr(args, name, None) for name in named):
+        raise ValueError(
+            "MemoryProfilerCallback is for a Trainer without strategies, and memrt.Trainer counts "
+            "itself: set memory_report=True and leave the callback out"
         )

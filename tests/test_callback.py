@@ -84,3 +84,22 @@ def test_after_an_exception_it_closes_when_told_and_when_training_begins_again(
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
     assert _report(tmp_path / "memrt")["num_counted_steps"] == 3
     assert _is_over()
+
+
+def test_a_trainer_that_counts_itself_is_told_so(tmp_path: Path) -> None:
+    """Beside strategies it would report none, and a second report would go to the same folder."""
+    ours: list[dict[str, Any]] = [
+        {"memory_report": True},
+        {"strategies": ["lisa(layers=1)"]},
+        {"arguments_cls": transformers.TrainingArguments, "options": {"strategies": ["lisa"]}},
+    ]
+    for number, settings in enumerate(ours):
+        callbacks = [memrt.MemoryProfilerCallback()]
+        options = {**settings.pop("options", {}), "callbacks": callbacks}
+        trainer = trainer_of(tmp_path / str(number), options=options, **settings)
+        with pytest.raises(ValueError, match="set memory_report=True and leave the callback out"):
+            trainer.train()
+        assert _is_over()
+    plain = trainer_of(tmp_path / "plain", options={"callbacks": [memrt.MemoryProfilerCallback()]})
+    plain.train()  # memrt's own without either is a stock Trainer
+    assert _report(tmp_path / "plain/memrt")["num_counted_steps"] == 3
