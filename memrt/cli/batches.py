@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from memrt.data import DataSettings, PreparedData
     from memrt.runner import Batch
 
-__all__ = ["Batches", "batches_for"]
+__all__ = ["Batches", "batches_for", "require_data"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _READABLE = ("causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification")
@@ -57,6 +57,21 @@ class Batches:
         """(batch, tokens) of every batch."""
         batch, tokens = self.windows[0][0]["input_ids"].shape
         return int(batch), int(tokens)
+
+
+def require_data(arguments: argparse.Namespace) -> None:
+    """Refuse files that are not there, before a model is asked for."""
+    from memrt.data_files import is_stream, require_file
+
+    for flag, name in (("data", "path"), ("evaluation_data", "evaluation_path")):
+        path = getattr(arguments, flag, None)
+        if path is None:
+            continue
+        try:
+            is_stream(path, name)  # refuses what no file of data is called
+            require_file(path, name)
+        except ValueError as error:
+            raise ValueError(_as_flags(str(error))) from None
 
 
 def batches_for(

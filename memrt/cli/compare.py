@@ -102,6 +102,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run every stack, print the table, write the report."""
+    from memrt.cli.batches import require_data
     from memrt.cli.model import Model
     from memrt.cli.progress import Progress
     from memrt.cli.reporting import claim_folder, parse_gpu
@@ -111,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     parse_gpu(arguments)
     folder = claim_folder(arguments, kind="compare")
     stacks = parse_stacks(arguments.strategies or DEFAULT_STACKS)
+    require_data(arguments)
     progress = Progress()
     model = Model.resolve(arguments, progress)
     if arguments.evaluation_fraction is None:

@@ -108,7 +108,7 @@ def _add_fitting_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan, print, and say by the exit code whether it fits."""
-    from memrt.cli.batches import batches_for
+    from memrt.cli.batches import batches_for, require_data
     from memrt.cli.model import Model
     from memrt.cli.progress import Progress
     from memrt.cli.reporting import add_gpu, claim_folder, deliver, parse_gpu
@@ -121,6 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
     stack = parse_stack(arguments.strategies)
     if arguments.waterfall and not (stack.strategies or arguments.auto):
         raise ValueError("--waterfall has no effect without --strategies; leave it out")
+    require_data(arguments)
     progress = Progress()
     model = Model.resolve(arguments, progress)
     window = None

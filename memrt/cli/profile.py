@@ -69,6 +69,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan, run, print."""
+    from memrt.cli.batches import require_data
     from memrt.cli.model import Model
     from memrt.cli.progress import Progress
     from memrt.cli.reporting import add_gpu, claim_folder, deliver, parse_gpu
@@ -81,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     stack = parse_stack(arguments.strategies)
     if arguments.ablate and not stack.strategies:
         raise ValueError("--ablate has no effect without --strategies; leave it out")
+    require_data(arguments)
     progress = Progress()
     model = Model.resolve(arguments, progress)
     model, workload = workload_for(arguments, model, progress)

@@ -43,7 +43,10 @@ USAGE = [
     (["plan", "--truncation", "cut"], "--truncation has no effect without --data"),
     (["plan", "--force"], "--force has no effect without --output"),
     (["plan", "--model", "./nowhere/at-all"], "is not a local path"),
+    (["plan", "--gpu", "24"], "--gpu='24': 24 would be bytes; did you mean 24GiB?"),
+    (["plan", "--host", "24"], "--host '24': 24 would be bytes; did you mean 24GiB?"),
     (["profile", "--data", "nowhere.txt"], "--data 'nowhere.txt': there is no such file"),
+    (["compare", "--evaluation-data", "no.csv"], "--evaluation-data 'no.csv': there is no such"),
     (["profile", "--data", "x.json"], "--data 'x.json': must be a .txt, .jsonl, .csv"),
     (["profile", "--device", "tpu"], "--device tpu: use auto, cpu, cuda or cuda:N"),
     (["profile", "--device", "cuda:99"], "--device cuda:99: torch sees"),
@@ -60,6 +63,19 @@ def test_misuse_is_one_line(memrt: Command, words: list[str], expected: str) -> 
     assert "Traceback" not in result.err
     assert result.error.startswith("memrt") or result.error.startswith("  - ")
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["plan", "profile", "compare"])
+def test_data_that_is_not_there_is_told_before_a_model_is_asked_for(
+    memrt: Command, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def resolve(*_: object) -> None:
+        raise AssertionError("a model was asked for")
+
+    monkeypatch.setattr("memrt.cli.model.Model.resolve", resolve)
+    result = memrt(command, "--data", "nowhere.txt", "--model", "somebody/large")
+    assert result.code == 1
+    assert "--data 'nowhere.txt': there is no such file" in result.error
 
 
 def test_no_command_shows_the_help(memrt: Command) -> None:
