@@ -135,6 +135,29 @@ def test_a_stack_is_told_in_order_and_by_exit_code(capsys: pytest.CaptureFixture
     assert "both own the active set" in report["reasons"]["decoder"][0]
 
 
+def test_the_json_of_a_stack_has_the_order_that_the_text_has(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["compat", "fused_loss", "galore+lisa"]) == 0
+    _, _, text = capsys.readouterr().out.partition("## In this order (on a ")
+    assert main(["compat", "fused_loss", "galore+lisa", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert text.startswith(f"{report['kind']} model)")
+    lines = []
+    for each in report["order"]:
+        owned = ", ".join(f"{claim['slot']} of " + _scope(claim["scope"]) for claim in each["owns"])
+        lines.append(f"- {each['phase']}: {each['strategy']}: owns {owned or 'nothing'}")
+        lines += [f"  - breaks: {promise}" for promise in each["breaks"]]
+    assert len(report["order"]) == 3 < len(lines)
+    assert "\n".join(lines) in text
+
+
+def _scope(names: list[str]) -> str:
+    if names == ["*"]:
+        return "every parameter and module"
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
 def test_one_strategy_beside_all_others(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compat", "galore(norm='exact')"]) == 0
     shown = capsys.readouterr().out

@@ -13,8 +13,10 @@ from memrt.cli.arguments import STACK_HELP, add_command
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from memrt.compatibility import Verdict
     from memrt.profiling.render import Section
     from memrt.strategy import Strategy
+    from memrt.structure import Facts
 
 __all__ = ["REFUSED", "add_parser", "run"]
 
@@ -89,9 +91,32 @@ def _stack(strategies: Sequence[Strategy], *, as_json: bool) -> int:
         "schema": SCHEMA,
         "stack": [strategy.to_json() for strategy in strategies],
         **verdict.to_json(),
+        **_order(strategies, facts, verdict),
     }
     _show(stack_sections(strategies, facts, verdict), report, as_json=as_json)
     return REFUSED if verdict.text == "no" else 0
+
+
+def _order(
+    strategies: Sequence[Strategy], facts: Mapping[str, Facts], verdict: Verdict
+) -> dict[str, Any]:
+    """What the text says under "In this order", of the same participants."""
+    from memrt.compose import participants
+
+    kind = next(iter(verdict.runs_on), next(iter(facts)))
+    parties = participants(strategies, facts[kind])[-len(strategies) :]
+    order = [
+        {
+            "strategy": str(strategy),
+            "phase": strategy.phase.name.lower(),
+            "owns": [
+                {"slot": claim.slot.value, "scope": sorted(claim.scope)} for claim in party.claims
+            ],
+            "breaks": [promise.value for promise in party.breaks],
+        }
+        for strategy, party in zip(strategies, parties, strict=True)
+    ]
+    return {"kind": kind, "order": order}
 
 
 def _show(sections: Sequence[Section], report: Mapping[str, Any], *, as_json: bool) -> None:
