@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from memrt import registry
 from memrt.session import Session
 from memrt.structure import RunSettings
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import torch
-    from torch import nn
 
     from memrt.profiling.ledger import Ledger
     from memrt.strategy import Strategy
@@ -49,9 +50,12 @@ def prepare(
     AdamW's settings are torch's, but for a `weight_decay` of 0: `lr=1e-3, betas=(0.9, 0.999),
     eps=1e-8`. `accumulation_steps=0` says that the loop decides window by window. `optimizer`
     replaces the built one: it is refused together with settings of AdamW, which it would not heed,
-    and when a strategy brings a part of the optimizer. Where one does, bf16 weights are rounded
-    stochastically, or to the nearest with `stochastic_rounding=False`.
+    and when a strategy brings a part of the optimizer. Where one does, or where `lisa` or `badam`
+    train bf16 weights, these are rounded stochastically, or to the nearest with
+    `stochastic_rounding=False`.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model={model!r}: must be an nn.Module; memrt.load makes one")
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     given["stochastic_rounding"] = stochastic_rounding
     named = [f"{name}={value}" for name, value in given.items() if value is not None]

@@ -374,6 +374,11 @@ class _BringsAPart(Attachment):
         return [Rule(slot=Slot.STATE_FORMAT, match=lambda n, p: True, build=lambda n, p: "float32")]
 
 
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model='tiny': must be an nn.Module; memrt.load makes"):
+        memrt.prepare("tiny", ["lisa"])  # type: ignore[arg-type]
+
+
 def test_settings_of_adamw_beside_an_optimizer_are_refused() -> None:
     model = PlainModel()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
