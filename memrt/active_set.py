@@ -5,19 +5,25 @@ which blocks train in it (`_draw`), and `run.activate` makes it so: what leaves 
 and its optimizer state is freed or waits in a place; what comes back from there goes on with it.
 Nothing below the lowest block that trains is run backwards, for autograd stops where no input and
 no parameter wants a gradient.
+
+State is 8 bytes a parameter whatever its dtype: torch's AdamW would keep moments in a weight's own,
+and bf16 forgets beside 0.999. Where weights that train are bf16 or fp16 the run's optimizer is
+therefore memrt's AdamW, with fp32 moments and stochastic rounding of bf16; elsewhere it is torch's.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from memrt.strategy import Attachment, Strategy
+import torch
+
+from memrt.strategy import Attachment, Rule, Slot, Strategy
 
 if TYPE_CHECKING:
     from memrt.session import Session
     from memrt.structure import Facts
 
-__all__ = ["PARKED", "RotatingSet", "check_rotation", "trainable_by_layer"]
+__all__ = ["PARKED", "RotatingSet", "check_rotation", "refuse_idle_rounding", "trainable_by_layer"]
 
 PARKED = ("no", "host", "disk")
 """Where the optimizer state of what leaves goes; `"no"` frees it."""
@@ -29,6 +35,22 @@ def check_rotation(*, every: int, parked: str) -> None:
         raise ValueError(f"every={every!r}: must be a whole number, 1 or more")
     if parked not in PARKED:
         raise ValueError(f"parked={parked!r}: use one of {', '.join(PARKED)}")
+
+
+def refuse_idle_rounding(facts: Facts) -> None:
+    """Refuse `stochastic_rounding=False` where nothing would be rounded stochastically."""
+    if facts.settings.stochastic_rounding:
+        return
+    if facts.settings.optimizer != "adamw":
+        raise ValueError(
+            f"stochastic_rounding=False has no effect with optimizer={facts.settings.optimizer!r}, "
+            "which rounds as it does; leave it out"
+        )
+    if not any(parameter.dtype is torch.bfloat16 for _, parameter in facts.parameters()):
+        raise ValueError(
+            "stochastic_rounding=False has no effect: no parameter that trains is bf16; leave it "
+            "out"
+        )
 
 
 def trainable_by_layer(facts: Facts) -> tuple[dict[str, list[str]], list[str]]:
@@ -64,6 +86,27 @@ class RotatingSet(Attachment):
         self._every = every
         self._park = None if parked == "no" else parked
         self._always = always or []
+
+    def rules(self) -> list[Rule]:
+        """Asks for memrt's AdamW where torch's would keep narrow moments.
+
+        An optimizer that the user brings instead has its own state, and stays.
+        """
+        trained = {*self._always, *(name for block in self._blocks for name in block)}
+        narrow = any(
+            parameter.dtype in (torch.bfloat16, torch.float16)
+            for name, parameter in self.run.model.named_parameters()
+            if name in trained
+        )
+        if not narrow or self.run.facts.settings.optimizer != "adamw":
+            return []
+        return [
+            Rule(
+                slot=Slot.ACTIVE_SET,
+                match=lambda name, parameter: name in trained,
+                build=lambda name, parameter: "in turns",
+            )
+        ]
 
     def _draw(self, interval: int) -> list[int]:
         """The blocks of an interval, by their index."""

@@ -15,6 +15,7 @@ import transformers
 
 from memrt import registry
 from memrt.gpus import check_budget
+from memrt.strategy import Phase
 from memrt.translation import TORCH_ADAMW, from_optim, join, tell_optim
 
 if TYPE_CHECKING:
@@ -84,10 +85,11 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
         parsed = registry.parse_all([_decoded(spec) for spec in specs])
         parsed = self._with_optim(parsed)
-        if not self.stochastic_rounding and not parsed:
+        stepping = [s for s in parsed if s.phase in (Phase.TRAINABLE, Phase.UPDATE)]
+        if not self.stochastic_rounding and not stepping:
             raise ValueError(
-                "stochastic_rounding=False has no effect without strategies: torch's AdamW rounds "
-                "to the nearest; leave it out"
+                "stochastic_rounding=False has no effect without strategies that bring a part of "
+                "the optimizer: torch's AdamW rounds to the nearest; leave it out"
             )
         # strings, so that the arguments go to JSON, to a logger and through dataclasses.replace
         self.strategies = [str(strategy) for strategy in parsed]

@@ -64,7 +64,8 @@ def build_optimizer(
     """AdamW with the state formats and projections that the rules give, and the projections.
 
     `groups` hold `params` as (name, parameter) pairs. Without rules it is torch's fused AdamW. A
-    rule for `Slot.UPDATE_RULE` brings another optimizer, for every parameter.
+    rule for `Slot.UPDATE_RULE` brings another optimizer, for every parameter; one for another slot
+    (the update time, the active set) is served by memrt's AdamW as it is.
     """
     options: dict[str, Any] = {
         "lr": settings.learning_rate,

@@ -118,6 +118,10 @@ def test_everything_else_is_as_in_transformers(tmp_path: Path) -> None:
         ({"stop_on_nonfinite": 1}, "stop_on_nonfinite=1"),
         ({"stochastic_rounding": 0}, "stochastic_rounding=0: must be True or False"),
         ({"stochastic_rounding": False}, "has no effect without strategies"),
+        (
+            {"stochastic_rounding": False, "strategies": ["activation_checkpoint"]},
+            "has no effect without strategies that bring a part of the optimizer",
+        ),
     ],
 )
 def test_mistakes_are_named(options: dict[str, Any], match: str, tmp_path: Path) -> None:

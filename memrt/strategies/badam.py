@@ -7,7 +7,8 @@ trained. Gradients and optimizer state exist for one block of B parameters: Adam
 bytes and never more (freed at a switch, so that moments and bias correction begin anew; with
 `parked` they wait there for the block's next turn). Below the block no gradient is computed: on
 average the backward pass is half as long. Luo et al. 2024, arXiv 2404.02827 (NeurIPS 2024), whose
-fp32 copy of the active block is not made: use weights in fp32 where updates are small for bf16.
+fp32 copy of the active block is not made: bf16 weights have fp32 moments and are rounded
+stochastically, so that small updates count in the mean.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from memrt.active_set import RotatingSet, check_rotation, trainable_by_layer
+from memrt.active_set import (
+    RotatingSet,
+    check_rotation,
+    refuse_idle_rounding,
+    trainable_by_layer,
+)
 from memrt.profiling.accounts import Account
 from memrt.registry import register
 from memrt.strategy import Attachment, Claim, Phase, Promise, Slot, Strategy
@@ -70,6 +76,7 @@ class Badam(Strategy):
 
     def check(self, facts: Facts) -> None:
         """Needs repeated layers, and parameters for every block that is asked for."""
+        refuse_idle_rounding(facts)
         layers, _ = trainable_by_layer(facts)
         if not layers:
             raise ValueError(

@@ -7,7 +7,8 @@ T = (parameters outside the layers) + `layers` × (parameters of a layer), AdamW
 and never more, because the state of a layer that leaves is freed (`parked="no"`) or waits on the
 host (`parked="host"`, which keeps its moments for the next time). A layer whose state was freed
 starts its bias correction anew. Costs nothing in time; no gradient is rescaled. Pan et al. 2024,
-arXiv 2403.17919 (NeurIPS 2024). With `layers` = L it is AdamW, bit for bit.
+arXiv 2403.17919 (NeurIPS 2024). With `layers` = L it is AdamW, bit for bit in fp32; bf16 weights
+have fp32 moments, which torch's AdamW would not give them, and are rounded stochastically.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from memrt.active_set import RotatingSet, check_rotation, trainable_by_layer
+from memrt.active_set import (
+    RotatingSet,
+    check_rotation,
+    refuse_idle_rounding,
+    trainable_by_layer,
+)
 from memrt.profiling.accounts import Account
 from memrt.registry import register
 from memrt.strategy import Attachment, Claim, Phase, Promise, Slot, Strategy
@@ -65,6 +71,7 @@ class Lisa(Strategy):
 
     def check(self, facts: Facts) -> None:
         """Needs enough repeated layers with trainable parameters."""
+        refuse_idle_rounding(facts)
         if not facts.structure.layer_names:
             raise ValueError(f"{type(facts.model).__name__} has no list of repeated layers to draw")
         count = len(trainable_by_layer(facts)[0])

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
 import memrt
 from memrt.errors import ConflictError
+from memrt.optimizers.adamw import AdamW
+from memrt.planning import simulate
 from memrt.profiling.ledger import Ledger
-from memrt.runner import model_loss
+from memrt.registry import parse_all
+from memrt.runner import model_loss, start, train_step
+from memrt.structure import RunSettings
+from memrt.testing import tiny_batches
 from tests.strategies.active_runs import (
     LAYERS,
     OUTSIDE,
@@ -17,6 +24,7 @@ from tests.strategies.active_runs import (
     state_bytes,
     steps_of,
     trainable,
+    weights,
 )
 from tests.strategies.runs import assert_equal, batch_of, gradients, held_for_backward, model_of
 
@@ -110,3 +118,86 @@ def test_gradients_are_those_of_the_full_backward(spec: str) -> None:
 def test_two_that_choose_what_trains_are_refused_by_name() -> None:
     with pytest.raises(ConflictError, match=r"badam.* and lisa.* both own the active set"):
         memrt.prepare(model_of("plain"), ["lisa", "badam"])
+
+
+# ---------------------------------------------------------------- bf16 weights
+
+ALONE = ["lisa(layers=1, every=2)", "badam(every=2)"]
+
+
+@pytest.mark.parametrize("spec", ALONE)
+def test_bf16_weights_have_fp32_moments(spec: str) -> None:
+    """The bytes that the page says, and the bits of the same with updates in backward."""
+    found = []
+    for stack in ([spec], [spec, "in_backward"]):
+        model = model_of("llama", dtype=torch.bfloat16)
+        run = memrt.prepare(model, stack, lr=1e-3)
+        assert isinstance(run.optimizer, AdamW)
+        name = spec.split("(")[0]
+        for _ in steps_of(run, "llama", count=5):
+            active = names_of(model, "llama", active_of(run, name))
+            active |= OUTSIDE["llama"] if name == "lisa" else set()
+            assert state_bytes(run.optimizer) == ideal_bytes(model, active)
+        found.append(weights(model))
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize("spec", ALONE)
+def test_elsewhere_the_optimizer_stays_what_it_was(spec: str) -> None:
+    assert type(memrt.prepare(model_of("llama"), [spec]).optimizer) is torch.optim.AdamW
+    model = model_of("llama", dtype=torch.bfloat16)
+    own = torch.optim.SGD(model.parameters())
+    assert memrt.prepare(model, [spec], optimizer=own).optimizer is own
+
+
+@pytest.mark.parametrize("spec", ALONE)
+def test_the_plan_of_bf16_weights_is_the_ledger(spec: str) -> None:
+    strategies, settings = parse_all([spec]), RunSettings()
+    window = tiny_batches("llama", count=1)
+
+    def build() -> nn.Module:
+        return model_of("llama", dtype=torch.bfloat16)
+
+    planned = simulate(build, strategies, window, settings=settings)
+    ledger = Ledger()
+    with ledger:
+        run = start(build(), strategies, settings=settings, ledger=ledger)
+        for _ in range(2):
+            train_step(run, window)
+    ledger.close()
+    counted = ledger.timeline.peak()
+    assert planned.peak.peak_bytes == counted.peak_bytes
+    assert planned.peak.accounts == counted.accounts
+    assert planned.phases() == ledger.timeline.phase_peaks()
+    assert planned.account_maxima == ledger.timeline.account_maxima()
+
+
+@pytest.mark.parametrize("spec", ALONE)
+def test_rounding_to_the_nearest_is_refused_where_nothing_is_rounded(spec: str) -> None:
+    with pytest.raises(ValueError, match=r"no effect: no parameter that trains is bf16"):
+        memrt.prepare(model_of("llama"), [spec], stochastic_rounding=False)
+    settings = RunSettings(stochastic_rounding=False, optimizer="adafactor")
+    with pytest.raises(ValueError, match="no effect with optimizer='adafactor'"):
+        start(model_of("llama", dtype=torch.bfloat16), parse_all([spec]), settings=settings)
+    run = memrt.prepare(model_of("llama", dtype=torch.bfloat16), [spec], stochastic_rounding=False)
+    assert run.optimizer is not None
+    assert run.optimizer.param_groups[0]["stochastic_rounding"] is False
+
+
+def test_every_element_of_a_block_goes_its_own_way() -> None:
+    """Updates of a fraction of bf16's spacing, in turns of one step whose state is freed."""
+    model = model_of("plain", dtype=torch.bfloat16)
+    layers = [p for name, p in model.named_parameters() if name.startswith("layers.")]
+    for parameter in layers:
+        nn.init.constant_(parameter, 1.5)
+    rate, num_turns, unit = 2e-3, 60, 2**-7
+    run = memrt.prepare(model, ["badam(every=1)", "in_backward"], lr=rate, betas=(0.0, 0.0))
+    for _ in range(num_turns * LAYERS):
+        with run.micro_batch():
+            run.backward(-sum(parameter.float().sum() for parameter in model.parameters()))
+        run.step()
+    moved = torch.cat([parameter.detach().double().flatten() - 1.5 for parameter in layers])
+    spread = unit * (num_turns * rate / unit * (1 - rate / unit)) ** 0.5
+    assert abs(float(moved.mean()) - num_turns * rate) < 5 * spread / moved.numel() ** 0.5
+    assert abs(float(moved.std()) / spread - 1) < 5 / (2 * moved.numel()) ** 0.5
+    assert moved.all()
