@@ -356,7 +356,7 @@ class Session:
         for attachment in self.attachments:
             with self._observer.owned_by(attachment.name):
                 attachment.load_state_dict(state["strategies"][attachment.name])
-        self._state.load_parked_state(state["parked"])
+        self._state.load_parked_state(state["parked"], dict(self.model.named_parameters()))
 
     def detach(self) -> None:
         """Leave the model as it was found: modules, classes, hooks, `requires_grad`."""

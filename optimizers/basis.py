@@ -25,7 +25,7 @@ Workspace of a refresh: a few matrices [s, r] in fp32.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from memrt.kernels.uniform_int4 import (
     int4_shapes,
 )
 from memrt.optimizers.refresh import RefreshSchedule, overlap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["BasisFormat", "MovingBasis"]
 
@@ -146,6 +149,11 @@ class MovingBasis:
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that is held, by name."""
         return self._kept | self.schedule.tensors()
+
+    def relocate(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Take `move` of every tensor in its place, as when the weight waits for its turn."""
+        self._kept = {name: move(tensor) for name, tensor in self._kept.items()}
+        self.schedule.relocate(move)
 
     def state_dict(self) -> dict[str, Any]:
         """What a later run needs between two steps; the basis only once there is one."""

@@ -14,13 +14,16 @@ Bytes: R, 4 · l · r, while its weight is stepped, one weight at a time; G is n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from memrt.kernels.formed_gradient import project_gradient
 from memrt.kernels.stochastic_rounding import Rounding
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["FormedProjection"]
 
@@ -132,6 +135,10 @@ class FormedProjection(ABC):
     @abstractmethod
     def forget(self) -> None:
         """Drop what the projection learned, as when the weight stops training."""
+
+    @abstractmethod
+    def relocate(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Keep what `tensors` gives in another place: `move` gives a copy there."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

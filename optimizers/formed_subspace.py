@@ -18,7 +18,7 @@ Source: Zhao et al., GaLore (arXiv 2403.03507).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from memrt.kernels.projected_update import ScaledAddend, projected_update_
 from memrt.kernels.stochastic_rounding import Rounding
 from memrt.optimizers.basis import BasisFormat, MovingBasis
 from memrt.optimizers.formed_projection import FormedProjection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["FormedSubspace", "leading_vectors"]
 
@@ -162,6 +165,11 @@ class FormedSubspace(FormedProjection):
         """Free the basis, as when the weight stops training; its next gradient finds one."""
         self.clear()
         self._basis.forget()
+
+    def relocate(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Keep the basis in another place: `move` gives a copy there."""
+        self.clear()
+        self._basis.relocate(move)
 
     def tensors(self) -> dict[str, Tensor]:
         """What is held between two steps: the basis."""

@@ -13,8 +13,13 @@ Bytes: 4. Source: Fira (arXiv 2410.01623), and APOLLO (arXiv 2412.05270), growth
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["NormGrowthLimiter"]
 
@@ -47,6 +52,10 @@ class NormGrowthLimiter:
     def tensors(self) -> dict[str, Tensor]:
         """The last norm, once there is one."""
         return {} if self._last is None else {"norm": self._last}
+
+    def relocate(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Take `move` of the last norm in its place."""
+        self._last = None if self._last is None else move(self._last)
 
     def load(self, tensors: dict[str, Tensor], *, device: torch.device) -> None:
         """Take what ``tensors`` gave."""

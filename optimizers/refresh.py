@@ -16,10 +16,13 @@ first vector alone, with its sign; a flipped sign or two values that swap read t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["WINDOW", "RefreshSchedule", "overlap"]
 
@@ -83,6 +86,10 @@ class RefreshSchedule:
     def tensors(self) -> dict[str, Tensor]:
         """The overlaps that are held."""
         return {f"overlap_{index}": tensor for index, tensor in enumerate(self._overlaps)}
+
+    def relocate(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Take `move` of every overlap in its place."""
+        self._overlaps = [move(tensor) for tensor in self._overlaps]
 
     def state_dict(self) -> dict[str, Any]:
         """Interval, next refresh and overlaps."""

@@ -22,7 +22,7 @@ Source: Chen et al., Fira (arXiv 2410.01623).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from memrt.kernels.stochastic_rounding import Rounding
 from memrt.optimizers.formed_subspace import FormedSubspace
 from memrt.optimizers.norm_growth import NormGrowthLimiter
 from memrt.optimizers.scaled_gradient import scaling
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["ResidualSubspace"]
 
@@ -92,6 +95,11 @@ class ResidualSubspace(FormedSubspace):
         """Free basis and norm, as when the weight stops training."""
         super().forget()
         self._limiter.forget()
+
+    def relocate(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Keep basis and norm in another place: `move` gives copies there."""
+        super().relocate(move)
+        self._limiter.relocate(move)
 
     def tensors(self) -> dict[str, Tensor]:
         """What is held between two steps: the basis and the last norm."""

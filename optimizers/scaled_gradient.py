@@ -27,7 +27,7 @@ Source: Zhu et al., APOLLO (arXiv 2412.05270).
 from __future__ import annotations
 
 from math import sqrt
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ from memrt.kernels.stochastic_rounding import Rounding
 from memrt.optimizers.formed_projection import FormedProjection
 from memrt.optimizers.norm_growth import NormGrowthLimiter
 from memrt.optimizers.refresh import RefreshSchedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["ScaledGradient", "scaling"]
 
@@ -157,6 +160,11 @@ class ScaledGradient(FormedProjection):
         self.clear()
         self._limiter.forget()
         self._pending = True
+
+    def relocate(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Keep the last norm in another place: `move` gives a copy there."""
+        self.clear()
+        self._limiter.relocate(move)
 
     def tensors(self) -> dict[str, Tensor]:
         """What is held between two steps: the last norm."""

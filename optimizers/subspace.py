@@ -24,7 +24,7 @@ faster (128 × 200, r = 16: 3 from nothing; 2 from an old basis .997; CPU, torch
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,9 @@ from memrt.kernels.projected_update import projected_update_
 from memrt.kernels.stochastic_rounding import Rounding
 from memrt.optimizers.basis import BasisFormat, MovingBasis
 from memrt.optimizers.range_finder import leading_basis
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["Subspace"]
 
@@ -200,6 +203,11 @@ class Subspace:
         """Free the basis too, as when the weight stops training; its next gradient finds one."""
         self.clear()
         self._basis.forget()
+
+    def relocate(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Keep the basis in another place: `move` gives a copy there. No gradient is kept."""
+        self.clear()
+        self._basis.relocate(move)
 
     @torch.no_grad()
     def apply(
