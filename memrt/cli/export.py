@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from memrt.cli.arguments import add_command
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from memrt.export import Exported
 
@@ -110,7 +111,7 @@ def export(source: str, arguments: argparse.Namespace) -> int:
     dtype = None if arguments.dtype is None else getattr(torch, DTYPES[arguments.dtype])
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with ExitStack() as context:
+    with ExitStack() as context, _flag_names():
         done = export_checkpoint(
             source,
             arguments.output,
@@ -126,6 +127,15 @@ def export(source: str, arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(_lines(done)))
     return 0
+
+
+@contextmanager
+def _flag_names() -> Iterator[None]:
+    """An error of `memrt.export` with the command line's name for its argument."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"^output_dir=", "OUTPUT=", str(error))) from error
 
 
 def _bar(context: ExitStack) -> Callable[[int], None]:
