@@ -240,7 +240,7 @@ def _require_whole(checkpoint: Path) -> None:
 def _instead_of(start: Path) -> str:
     """What to name where there is no such run or checkpoint."""
     others = [] if start == run_of(start) else list(checkpoints_in(run_of(start)).values())
-    return f"the last one is --resume {others[-1]}" if others else "leave --resume out"
+    return f"name the last one: --resume {others[-1]}" if others else "leave --resume out"
 
 
 def _damage(checkpoint: Path) -> Iterator[str]:

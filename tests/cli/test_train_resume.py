@@ -182,7 +182,7 @@ def test_a_checkpoint_that_is_not_there_names_the_last_one(memrt: Command) -> No
         Path(f"memrt-run/checkpoint-{step}").mkdir(parents=True)
     result = memrt("train", *RUN, "--resume", "memrt-run/checkpoint-9")
     assert result.code == 1
-    assert "there is no folder 'memrt-run/checkpoint-9'; the last one is " in result.error
+    assert "there is no folder 'memrt-run/checkpoint-9'; name the last one: " in result.error
     assert result.error.endswith("--resume memrt-run/checkpoint-12")
 
 
