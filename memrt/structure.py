@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from memrt.values import check_seed, is_number
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -162,16 +164,40 @@ class RunSettings:
     """Of bf16 weights, by the composed AdamW; torch's own rounds to the nearest."""
 
     def __post_init__(self) -> None:
+        for name, (argument, example) in _NUMBERS.items():
+            if not is_number(getattr(self, name)):
+                raise ValueError(
+                    f"{argument}={getattr(self, name)!r}: must be a number, such as "
+                    f"{argument}={example}"
+                )
+        _check_betas(self.betas)
+        object.__setattr__(self, "betas", tuple(self.betas))
+        check_seed(self.seed)
         if not self.learning_rate >= 0:
             raise ValueError(f"lr={self.learning_rate!r}: the learning rate must be 0 or more")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas!r}: both must lie in [0, 1)")
         if not self.epsilon > 0:
             raise ValueError(f"eps={self.epsilon!r}: must be above 0")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay={self.weight_decay!r}: must be 0 or more")
         if not self.max_grad_norm >= 0:
             raise ValueError(f"max_grad_norm={self.max_grad_norm!r}: must be 0 (off) or more")
+
+
+_NUMBERS: Mapping[str, tuple[str, float]] = {
+    "learning_rate": ("lr", 0.001),
+    "epsilon": ("eps", 1e-8),
+    "weight_decay": ("weight_decay", 0.1),
+    "max_grad_norm": ("max_grad_norm", 1.0),
+}
+"""Settings that are numbers: what the user calls them, and an example."""
+
+
+def _check_betas(betas: Any) -> None:
+    pair = betas if isinstance(betas, (tuple, list)) else ()
+    if len(pair) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in pair):
+        raise ValueError(
+            f"betas={betas!r}: both must lie in [0, 1); give two numbers, such as (0.9, 0.999)"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from torch import nn
 
+import memrt
 from memrt.compose import check_all, conflicts, explain
 from memrt.errors import ConflictError
 from memrt.strategies.activation_checkpoint import ActivationCheckpoint
 from memrt.strategies.lisa import Lisa
 from memrt.strategy import Claim, Promise, Slot, Strategy
 from memrt.structure import Facts, RunSettings, discover
+from memrt.testing import PlainModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,3 +115,34 @@ def test_explain_names_order_ownership_and_conflicts() -> None:
 def test_bad_run_settings_are_refused(option: str, value: object) -> None:
     with pytest.raises(ValueError, match=r"must"):
         RunSettings(**{option: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lr": "1e-3"}, r"lr='1e-3': must be a number, such as lr=0\.001"),
+        ({"lr": True}, r"lr=True: must be a number"),
+        ({"betas": 0.9}, r"betas=0\.9: both must lie in \[0, 1\); give two numbers, such as"),
+        ({"betas": (0.9,)}, r"betas=\(0\.9,\): both must .*give two numbers"),
+        ({"betas": (0.9, 0.99, 0.999)}, r"betas=\(0\.9, 0\.99, 0\.999\): both must"),
+        ({"betas": (0.9, "0.99")}, r"betas=\(0\.9, '0\.99'\): both must"),
+        ({"eps": "1e-8"}, r"eps='1e-8': must be a number, such as eps=1e-08"),
+        ({"weight_decay": "0.1"}, r"weight_decay='0\.1': must be a number"),
+        (
+            {"max_grad_norm": "1"},
+            r"max_grad_norm='1': must be a number, such as max_grad_norm=1\.0",
+        ),
+        ({"max_grad_norm": None}, r"max_grad_norm=None: must be a number"),
+        ({"seed": "a"}, r"seed='a': must be a whole number"),
+    ],
+)
+@pytest.mark.parametrize("stack", [[], ["int8_states"]], ids=str)
+def test_what_is_no_number_is_named_with_its_value_and_a_remedy(
+    given: dict[str, Any], message: str, stack: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        memrt.prepare(PlainModel(), stack, **given)
+
+
+def test_betas_may_be_a_list() -> None:
+    assert RunSettings(betas=[0.9, 0.999]) == RunSettings()  # type: ignore[arg-type]

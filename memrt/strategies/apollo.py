@@ -24,6 +24,7 @@ from memrt.profiling.accounts import Account
 from memrt.projected_weights import ProjectedStrategy
 from memrt.registry import register
 from memrt.strategy import Promise
+from memrt.values import check_seed, is_number
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +66,11 @@ class Apollo(ProjectedStrategy):
             raise ValueError(
                 f"granularity={self.granularity!r}: use one of {', '.join(GRANULARITIES)}"
             )
-        if self.growth is not None and not self.growth > 1:
-            raise ValueError(f"growth={self.growth!r}: must be above 1, or None for no limit")
+        if self.growth is not None and not (is_number(self.growth) and self.growth > 1):
+            raise ValueError(
+                f"growth={self.growth!r}: must be a number above 1, or None for no limit"
+            )
+        check_seed(self.seed)
 
     def projection(
         self, shape: tuple[int, int], *, index: int, offset: int, device: torch.device

@@ -26,6 +26,7 @@ from memrt.active_set import (
 from memrt.profiling.accounts import Account
 from memrt.registry import register
 from memrt.strategy import Attachment, Claim, Phase, Promise, Slot, Strategy
+from memrt.values import check_seed
 
 if TYPE_CHECKING:
     from memrt.session import Session
@@ -68,6 +69,7 @@ class Badam(Strategy):
         for option in ("embeddings", "head"):
             if not isinstance(getattr(self, option), bool):
                 raise ValueError(f"{option}={getattr(self, option)!r}: must be True or False")
+        check_seed(self.seed)
 
     @property
     def uniform_layers(self) -> bool:

@@ -24,6 +24,7 @@ from memrt.profiling.accounts import Account
 from memrt.projected_weights import ProjectedStrategy
 from memrt.registry import register
 from memrt.strategy import Promise
+from memrt.values import is_number
 
 if TYPE_CHECKING:
     import torch
@@ -54,10 +55,12 @@ class Fira(ProjectedStrategy):
 
     def __post_init__(self) -> None:
         ProjectedStrategy.__post_init__(self)
-        if not isinstance(self.residual_scale, (int, float)) or not self.residual_scale > 0:
+        if not is_number(self.residual_scale) or not self.residual_scale > 0:
             raise ValueError(f"residual_scale={self.residual_scale!r}: must be a number above 0")
-        if self.growth is not None and not self.growth > 1:
-            raise ValueError(f"growth={self.growth!r}: must be above 1, or None for no limit")
+        if self.growth is not None and not (is_number(self.growth) and self.growth > 1):
+            raise ValueError(
+                f"growth={self.growth!r}: must be a number above 1, or None for no limit"
+            )
 
     def projection(
         self, shape: tuple[int, int], *, index: int, offset: int, device: torch.device

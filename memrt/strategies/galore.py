@@ -39,6 +39,7 @@ from memrt.registry import register
 from memrt.strategy import Attachment, Promise, Slot
 from memrt.structure import is_plain_linear
 from memrt.surgery import subclass_of
+from memrt.values import check_seed, is_number
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -91,8 +92,11 @@ class Galore(ProjectedStrategy):
             raise ValueError(f"norm={self.norm!r}: use one of {', '.join(NORMS)}")
         if self.basis not in BASES:
             raise ValueError(f"basis={self.basis!r}: use one of {', '.join(BASES)}")
-        if self.lazy is not None and not 0 < self.lazy <= 1:
-            raise ValueError(f"lazy={self.lazy!r}: must be above 0 and at most 1, or None")
+        if self.lazy is not None and not (is_number(self.lazy) and 0 < self.lazy <= 1):
+            raise ValueError(
+                f"lazy={self.lazy!r}: must be a number above 0 and at most 1, or None for never"
+            )
+        check_seed(self.seed)
         for option, default in (("norm", "projected"), ("seed", 42)):
             value = getattr(self, option)
             if self.form == "plain" and value != default:

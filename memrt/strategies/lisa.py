@@ -26,6 +26,7 @@ from memrt.active_set import (
 from memrt.profiling.accounts import Account
 from memrt.registry import register
 from memrt.strategy import Attachment, Claim, Phase, Promise, Slot, Strategy
+from memrt.values import check_seed
 
 if TYPE_CHECKING:
     from memrt.session import Session
@@ -63,6 +64,7 @@ class Lisa(Strategy):
         check_rotation(every=self.every, parked=self.parked)
         if not isinstance(self.embeddings, bool):
             raise ValueError(f"embeddings={self.embeddings!r}: must be True or False")
+        check_seed(self.seed)
 
     @property
     def uniform_layers(self) -> bool:

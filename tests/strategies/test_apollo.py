@@ -129,7 +129,10 @@ def test_what_does_not_go_together_is_refused_by_name() -> None:
         ("apollo(every=0)", "every=0: must be a whole number"),
         ("apollo(scale=0)", "scale=0: must be a number above 0"),
         ("apollo(granularity='row')", "granularity='row': use one of channel, tensor"),
-        ("apollo(growth=1.0)", r"growth=1\.0: must be above 1, or None"),
+        ("apollo(growth=1.0)", r"growth=1\.0: must be a number above 1, or None"),
+        ("apollo(growth='x')", r"growth='x': must be a number above 1, or None"),
+        ("apollo(seed='a')", "seed='a': must be a whole number"),
+        ("apollo_mini(seed=1.5)", r"seed=1\.5: must be a whole number"),
         ("apollo(targets='embeddings')", "targets='embeddings': use one of all"),
     ],
 )

@@ -189,6 +189,8 @@ def test_blocks_without_parameters_are_refused() -> None:
         ("badam(order='up')", r"order='up': use one of random, ascending, descending"),
         ("badam(head=1)", r"head=1: must be True or False"),
         ("badam(parked='cpu')", r"parked='cpu': use one of no, host, disk"),
+        ("badam(seed=None)", r"seed=None: must be a whole number"),
+        ("badam(seed=[1])", r"seed=\[1\]: must be a whole number"),
     ],
 )
 def test_values_are_checked(spec: str, message: str) -> None:

@@ -393,6 +393,8 @@ def test_a_model_without_layers_is_refused() -> None:
         ("lisa(every=0.5)", r"every=0.5: must be"),
         ("lisa(embeddings='no')", r"embeddings='no': must be True or False"),
         ("lisa(parked='cpu')", r"parked='cpu': use one of no, host, disk"),
+        ("lisa(seed=None)", r"seed=None: must be a whole number"),
+        ("lisa(seed=[1])", r"seed=\[1\]: must be a whole number"),
     ],
 )
 def test_values_are_checked(spec: str, message: str) -> None:
