@@ -9,28 +9,31 @@ For W [rows, columns] with gradient G, and w the weight of what is new:
 
 Without r, for a vector as [1, columns], c is its whole second moment and U = G / sqrt(c). More
 dimensions than two: all but the first are columns. All arithmetic is fp32; narrow weights are
-rounded to the nearest, once. Nothing is read on the host.
+rounded once: to the nearest, or bf16 stochastically (`memrt.kernels.stochastic_rounding`). Nothing
+is read on the host.
 
 Three sweeps over the gradient: sums of squares by row and column; RMS(U) and RMS(W); the write. On
 CUDA each is a Triton kernel: for bf16 2 + 4 + 6 bytes an element of traffic, and sums in two
 stages, without atomics, so that a step has the same bits every time. Temporaries there: 4 bytes a
 column for each of at most 128 strips of rows, and a row for each block of 512 to 2048 columns: none
 that grow with rows · columns until a row has 2^16 elements. On the CPU: fp32 pieces of
-PIECE_ELEMENTS elements, and a few numbers a row and column (`workspace_bytes`). Either way a copy
-of what is not contiguous and has more than two dimensions.
+PIECE_ELEMENTS elements, a few numbers a row and column, and what stochastic rounding needs
+(`workspace_bytes`). Either way a copy of what is not contiguous and has more than two dimensions.
 
 Source: Lv et al., "AdaLomo: Low-memory Optimization with Adaptive Learning Rate", arXiv 2310.10195.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from memrt.kernels import stochastic_rounding
 from memrt.kernels.dispatch import uses_triton
+from memrt.kernels.stochastic_rounding import Rounding, stochastic_copy_
 from memrt.profiling.ledger import register_workspace
 
 __all__ = ["adalomo_", "adalomo_reference", "tiles_of", "workspace_bytes"]
@@ -78,14 +81,17 @@ def adalomo_(
     weight_decay: float,
     eps: tuple[float, float],
     clip_threshold: float,
+    rounding: Rounding | None = None,
 ) -> None:
     """One step, in place on the parameter and its second moment.
 
     parameter, gradient: same shape; fp32, bf16 or fp16. row: fp32 [rows], None for a vector.
-    column: fp32 [columns]. fresh: w, fp32, 0-dim, on the parameter's device.
+    column: fp32 [columns]. fresh: w, fp32, 0-dim, on the parameter's device. rounding: of a bf16
+    parameter, stochastically; without it, to the nearest.
     """
     numbers = (float(lr), float(weight_decay), float(eps[0]), float(eps[1]), float(clip_threshold))
-    _adalomo(parameter, gradient, row, column, fresh, *numbers)
+    how = (None, None) if rounding is None else (rounding.step, list(rounding.key))
+    _adalomo(parameter, gradient, row, column, fresh, *numbers, *how)
 
 
 # ---------------------------------------------------------------- operator
@@ -103,8 +109,11 @@ def _adalomo(
     eps_square: float,
     eps_weight: float,
     clip_threshold: float,
+    step: Tensor | None = None,
+    rounding_key: Sequence[int] | None = None,
 ) -> None:
     _check(parameter, gradient, row, column)
+    rounding = _rounding_of(parameter, step, rounding_key)
     if not parameter.numel():
         return
     weight, grad = _as_matrix(parameter), _as_matrix(gradient)
@@ -114,7 +123,7 @@ def _adalomo(
     rms_update, rms_weight = squares.div_(parameter.numel()).sqrt_().unbind()
     size = lr * rms_weight.clamp(min=eps_weight)
     along = size / (rms_update / clip_threshold).clamp(min=1.0)
-    _write(weight, grad, *factors, along, size * weight_decay)
+    _write(weight, grad, *factors, along, size * weight_decay, rounding)
     if not _is_matrix(parameter):
         parameter.copy_(weight.view(parameter.shape))
 
@@ -131,8 +140,11 @@ def _(
     eps_square: float,
     eps_weight: float,
     clip_threshold: float,
+    step: Tensor | None = None,
+    rounding_key: Sequence[int] | None = None,
 ) -> None:
     _check(parameter, gradient, row, column)
+    _rounding_of(parameter, step, rounding_key)
 
 
 def _average(
@@ -172,17 +184,27 @@ def _write(
     column_factor: Tensor,
     along: Tensor,
     decay: Tensor,
+    rounding: Rounding | None,
 ) -> None:
     """The third sweep: weight <- weight - (along · U + decay · weight)."""
     if uses_triton(weight):
         from memrt.kernels._triton.adalomo import launch_write
 
-        launch_write(weight, gradient, row_factor, column_factor, torch.stack([along, decay]))
+        sizes = torch.stack([along, decay])
+        launch_write(weight, gradient, row_factor, column_factor, sizes, rounding)
         return
     for rows in _pieces(gradient):
         update = _direction(gradient, rows, row_factor, column_factor).mul_(along)
-        weight[rows].sub_(update.addcmul_(weight[rows].float(), decay))
+        if rounding is None:
+            weight[rows].sub_(update.addcmul_(weight[rows].float(), decay))
+            del update
+            continue
+        wide = weight[rows].float()
+        wide.sub_(update.addcmul_(wide, decay))
         del update
+        first_index = rows.start * weight.shape[1]
+        stochastic_copy_(weight[rows], wide, rounding=rounding, first_index=first_index)
+        del wide
 
 
 # ---------------------------------------------------------------- on the CPU
@@ -255,7 +277,9 @@ def tiles_of(rows: int, columns: int) -> tuple[int, int, int]:
     return max(1, min(MAX_STRIPS, -(-rows // block_rows))), block_rows, block_columns
 
 
-def workspace_bytes(parameter: Tensor, gradient: Tensor, *_: Any, **__: Any) -> int:
+def workspace_bytes(
+    parameter: Tensor, gradient: Tensor, *others: Any, rounding_key: object = None, **_: Any
+) -> int:
     """The most bytes of temporaries that are alive at once inside the operator."""
     rows, columns = _shape_of(parameter)
     num_bytes = sum(
@@ -270,10 +294,34 @@ def workspace_bytes(parameter: Tensor, gradient: Tensor, *_: Any, **__: Any) -> 
         return num_bytes + 4 * (partial + rows + columns) + 32
     piece = 4 * min(_piece_rows(columns), rows) * columns
     narrow = piece if parameter.dtype != torch.float32 else 0
-    return num_bytes + piece + max(narrow, 4 * (rows + columns)) + 4 * (rows + columns) + 32
+    beside = max(narrow, 4 * (rows + columns))
+    if (others[9] if len(others) > 9 else rounding_key) is not None:  # U is gone, the sum is there
+        beside = max(beside, _rounding_bytes(parameter, piece // 4))
+    return num_bytes + piece + beside + 4 * (rows + columns) + 32
+
+
+def _rounding_bytes(parameter: Tensor, num_elements: int) -> int:
+    """What stochastic rounding of a piece on the CPU takes."""
+    copies = 6 * num_elements if parameter.ndim == 2 and not parameter.is_contiguous() else 0
+    scratch = stochastic_rounding.SCRATCH_BYTES
+    return copies + scratch * min(num_elements, stochastic_rounding.PIECE_ELEMENTS)
 
 
 register_workspace("memrt::adalomo", workspace_bytes)
+
+
+def _rounding_of(
+    parameter: Tensor, step: Tensor | None, rounding_key: Sequence[int] | None
+) -> Rounding | None:
+    if rounding_key is None:
+        return None
+    if step is None or parameter.dtype is not torch.bfloat16:
+        raise ValueError(
+            f"stochastic rounding is to bf16 and wants a step, got {parameter.dtype} and "
+            f"step={step}"
+        )
+    first, second = rounding_key
+    return Rounding((first, second), step)
 
 
 def _check(parameter: Tensor, gradient: Tensor, row: Tensor | None, column: Tensor) -> None:

@@ -96,7 +96,7 @@ class UpdateInBackward(Strategy):
         time = Claim(slot=Slot.UPDATE_TIME)
         return [time, Claim(slot=Slot.BACKWARD)] if self.clips else [time]
 
-    def rules(self) -> list[Rule]:
+    def rules(self, settings: RunSettings) -> list[Rule]:
         """What the optimizer must be made of."""
         return []
 
@@ -130,17 +130,21 @@ class RuleInBackward(UpdateInBackward):
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
-        """What it is made with beside `lr` and `weight_decay`."""
+        """What it is made with beside `lr`, `weight_decay` and how bf16 weights are rounded."""
         return {}
 
-    def rules(self) -> list[Rule]:
+    def rules(self, settings: RunSettings) -> list[Rule]:
         """The update rule of every parameter."""
+        rounding = {
+            "stochastic_rounding": settings.stochastic_rounding,
+            "rounding_seed": settings.seed,
+        }
         return [
             Rule(
                 slot=Slot.UPDATE_RULE,
                 match=lambda name, parameter: True,
                 build=lambda name, parameter: self.optimizer_class(),
-                options=self.options(),
+                options=rounding | self.options(),
             )
         ]
 
@@ -197,13 +201,20 @@ class BackwardUpdates(Attachment):
             match=lambda name, parameter: True,
             build=lambda name, parameter: "backward",
         )
-        return [time, *self.settings.rules()]
+        return [time, *self.settings.rules(self.run.facts.settings)]
 
     # ---------------------------------------------------------------- one gradient
 
     def _arrived(self, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
-        if self._pass is _Pass.KEEP or gradient is None:  # None: it is never formed (galore)
+        if gradient is None:  # it is never formed (galore)
+            return
+        if gradient.layout is not torch.strided:
+            raise ValueError(
+                f"{self.name}: the gradient of {self._names[parameter]} is {gradient.layout}, and "
+                "updates take dense ones; use nn.Embedding(sparse=False)"
+            )
+        if self._pass is _Pass.KEEP:
             return
         if parameter in self._seen:
             raise RuntimeError(

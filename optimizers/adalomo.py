@@ -15,7 +15,8 @@ and the update can run in backward.
 
 Bytes of state: 4 (rows + columns) a matrix, 4 an element of a vector, and a step counter of 4. The
 step is one operator of three sweeps, all in fp32, whose temporaries do not grow with the weight
-(`memrt.kernels.adalomo`). Nothing is read to the host.
+(`memrt.kernels.adalomo`). bf16 weights are rounded once, stochastically
+(`memrt.optimizers.parameterwise`). Nothing is read to the host.
 
 Source: Lv et al., "AdaLomo: Low-memory Optimization with Adaptive Learning Rate", arXiv 2310.10195.
 """
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from memrt.kernels.adalomo import adalomo_
+from memrt.kernels.stochastic_rounding import Rounding
 from memrt.optimizers.parameterwise import ParameterwiseOptimizer, check_not_negative
 
 __all__ = ["AdaLomo"]
@@ -48,6 +50,8 @@ class AdaLomo(ParameterwiseOptimizer):
         eps: tuple[float, float] = (1e-30, 1e-3),
         clip_threshold: float = 1.0,
         decay_rate: float = -0.8,
+        stochastic_rounding: bool = True,
+        rounding_seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -56,7 +60,12 @@ class AdaLomo(ParameterwiseOptimizer):
             "clip_threshold": clip_threshold,
             "decay_rate": decay_rate,
         }
-        super().__init__(params, defaults)
+        super().__init__(
+            params,
+            defaults,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+        )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         if len(group["eps"]) != 2:
@@ -76,7 +85,12 @@ class AdaLomo(ParameterwiseOptimizer):
         return {"step": (), "exp_avg_sq_row": (rows,), "exp_avg_sq_col": (columns,)}
 
     def _step_one(
-        self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        rounding: Rounding | None,
     ) -> None:
         if not parameter.numel():
             return
@@ -93,4 +107,5 @@ class AdaLomo(ParameterwiseOptimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             clip_threshold=group["clip_threshold"],
+            rounding=rounding,
         )

@@ -4,6 +4,11 @@ A rule says what state a parameter has (`_layout`) and what one step does (`_ste
 fp32 whatever the parameter's dtype, is created at the first gradient, and is loaded in its own
 dtypes (torch's `load_state_dict` would cast it to the parameter's). `step_parameters` steps some of
 the parameters with the bits of a whole step, which is what updates in backward need.
+
+bf16 weights are rounded once a step, stochastically (`memrt.kernels.stochastic_rounding`): to the
+nearest, updates below 2^-9 of a weight are lost. The bits are those of how often a parameter was
+updated, a number on the host that is saved and outlives its state. `stochastic_rounding=False`
+turns that off.
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from memrt.kernels.stochastic_rounding import Rounding, rounding_key
+from memrt.optimizers.parameter_counts import ParameterCounts
 from memrt.optimizers.parameter_groups import check_storages
 
 __all__ = ["ParameterwiseOptimizer", "check_not_negative"]
@@ -25,11 +32,22 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
     """The loop, the state and its loading; a subclass brings the rule.
 
     params: as for any torch optimizer; a group may set every option of the rule.
+    stochastic_rounding: of bf16 weights; False rounds to the nearest. Others are not affected.
+    rounding_seed: what it rounds with, beside parameter, update and element; saved with the groups.
     """
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        stochastic_rounding: bool,
+        rounding_seed: int,
+    ) -> None:
         self._group_index: dict[nn.Parameter, int] = {}
-        super().__init__(params, defaults)
+        self._updates = ParameterCounts()
+        rounding = {"stochastic_rounding": stochastic_rounding, "rounding_seed": rounding_seed}
+        super().__init__(params, defaults | rounding)
 
     @abstractmethod
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -41,9 +59,14 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _step_one(
-        self, parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        rounding: Rounding | None,
     ) -> None:
-        """Update one parameter and its state in place."""
+        """Update one parameter and its state in place; without `rounding`, to the nearest."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; refuses settings that cannot be and weights that share their storage."""
@@ -51,6 +74,10 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
         try:
             for name in ("lr", "weight_decay"):
                 check_not_negative(name, self.param_groups[-1][name])
+            for name, kind in (("stochastic_rounding", bool), ("rounding_seed", int)):
+                value = self.param_groups[-1][name]
+                if type(value) is not kind:
+                    raise ValueError(f"{name}={value!r} is not of type {kind.__name__}; give one")
             self._check_group(self.param_groups[-1])
             _check_parameters(self.param_groups[-1]["params"])
             check_storages(self.param_groups)
@@ -59,6 +86,7 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
             raise
         index = len(self.param_groups) - 1
         self._group_index |= dict.fromkeys(self.param_groups[index]["params"], index)
+        self._updates.add(self.param_groups[index]["params"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -84,7 +112,16 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
                     "dense gradients (nn.Embedding(sparse=False))"
                 )
             group = self.param_groups[self._group_index[parameter]]
-            self._step_one(parameter, gradient, self._state_of(parameter), group)
+            state, rounding = self._state_of(parameter), self._next_rounding(parameter, group)
+            self._step_one(parameter, gradient, state, group, rounding)
+
+    def _next_rounding(self, parameter: nn.Parameter, group: dict[str, Any]) -> Rounding | None:
+        self._updates.advance(parameter)
+        if not group["stochastic_rounding"] or parameter.dtype is not torch.bfloat16:
+            return None
+        key = rounding_key(group["rounding_seed"], self._updates.number(parameter))
+        number = float(self._updates.count(parameter))
+        return Rounding(key, torch.full((), number, device=parameter.device))
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = cast("dict[str, Tensor]", self.state[parameter])
@@ -94,6 +131,10 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
             if not state:
                 del self.state[parameter]  # the rule keeps none
         return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, and how often each parameter was updated."""
+        return {**super().state_dict(), "num_updates": self._updates.saved()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, in fp32; refuses other states before anything is changed."""
@@ -106,6 +147,11 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
         def give(_: torch.optim.Optimizer) -> None:
             for parameter, state in loaded.items():
                 self.state[parameter] = state
+            for group in self.param_groups:  # saved before there was stochastic rounding
+                for name in ("stochastic_rounding", "rounding_seed"):
+                    group.setdefault(name, self.defaults[name])
+            from_zero = [0] * len(self._group_index)
+            self._updates.load(state_dict.get("num_updates", from_zero))
 
         before = self.register_load_state_dict_pre_hook(take)
         after = self.register_load_state_dict_post_hook(give, prepend=True)
@@ -136,7 +182,8 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies of the optimizer need; `state_dict` is what checkpoints need."""
-        return {**super().__getstate__(), "_group_index": self._group_index}
+        own = {"_group_index": self._group_index, "_updates": self._updates}
+        return {**super().__getstate__(), **own}
 
 
 def check_not_negative(name: str, value: object) -> None:

@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from memrt.kernels._triton.launching import on_device_of
-from memrt.kernels._triton.stochastic_rounding import nearest_carry, round_to_bf16
+from memrt.kernels._triton.stochastic_rounding import nearest_carry, random_bits, round_to_bf16
 from memrt.kernels.adalomo import tiles_of
 from memrt.kernels.dispatch import require_triton
+from memrt.kernels.stochastic_rounding import Rounding
 
 NUM_WARPS = 8
 
@@ -111,13 +112,14 @@ def squares_kernel(
     tl.store(place + tl.num_programs(0) * blocks, tl.sum(of_weight))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key0", "key1"])
 def write_kernel(
     weight_ptr,
     gradient_ptr,
     row_ptr,
     column_ptr,
     sizes_ptr,
+    step_ptr,
     num_rows,
     num_columns,
     weight_row,
@@ -125,7 +127,10 @@ def write_kernel(
     gradient_row,
     gradient_column,
     strip,
+    key0,
+    key1,
     HAS_ROWS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
@@ -147,7 +152,11 @@ def write_kernel(
         u = direction(g, row_ptr, column_factor, row, last, HAS_ROWS)
         w -= u * along + w * decay
         if weight_ptr.dtype.element_ty == tl.bfloat16:
-            tl.store(places, round_to_bf16(w, nearest_carry(w)), mask=mask)
+            carry = nearest_carry(w)
+            if STOCHASTIC:
+                index = row.to(tl.int64) * num_columns + column
+                carry = random_bits(index, key0, key1, tl.load(step_ptr).to(tl.int32))
+            tl.store(places, round_to_bf16(w, carry), mask=mask)
         else:
             tl.store(places, w.to(weight_ptr.dtype.element_ty), mask=mask)
 
@@ -216,10 +225,12 @@ def launch_write(
     row_factor: Tensor | None,
     column_factor: Tensor,
     sizes: Tensor,
+    rounding: Rounding | None,
 ) -> None:
     """One pass over the weight; sizes: of the step and of the decay [2]."""
     require_triton(weight, gradient)
     grid, strip, tile = _tiling(weight)
+    step = sizes if rounding is None else rounding.step.to(weight.device, torch.float32)
     with on_device_of(weight):
         write_kernel[grid](
             weight,
@@ -227,11 +238,14 @@ def launch_write(
             column_factor if row_factor is None else row_factor,
             column_factor,
             sizes,
+            step,
             *weight.shape,
             *weight.stride(),
             *gradient.stride(),
             strip,
+            *((0, 0) if rounding is None else rounding.key),
             HAS_ROWS=row_factor is not None,
+            STOCHASTIC=rounding is not None,
             enable_fp_fusion=False,  # the reference's order of roundings
             **tile,
         )

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memrt.kernels import adalomo as module
 from memrt.kernels.adalomo import adalomo_reference, tiles_of, workspace_bytes
+from memrt.kernels.stochastic_rounding import Rounding, stochastic_copy_
+from memrt.kernels.stochastic_rounding import workspace_bytes as rounding_bytes
 from tests.kernels.aot import ARCHITECTURES, SHARED_LIMIT_BYTES, compile_ahead
 from tests.kernels.interpreter import call_interpreted
 from tests.kernels.live_bytes import LiveBytes
@@ -121,6 +123,61 @@ def test_opcheck() -> None:
         torch.library.opcheck(torch.ops.memrt.adalomo.default, (), call)
 
 
+STEP, KEY = torch.tensor(3.0), [123456789, 987654321]
+
+
+def rounded_calls() -> list[dict[str, Any]]:
+    """Each step twice: of the weight in fp32, and of the same weight in bf16."""
+    found = []
+    for call in (
+        call_of((67, 600), torch.bfloat16),
+        call_of((5, 3, 7), torch.bfloat16),
+        call_of((700,), torch.bfloat16),
+        strided(call_of((40, 60), torch.bfloat16)),
+        strided(call_of((5, 3, 7), torch.bfloat16)),
+    ):
+        found.append({**copy_of(call), "parameter": call["parameter"].float()})
+        found.append({**copy_of(call), "step": STEP, "rounding_key": KEY})
+    return found
+
+
+def check_rounded(left: list[dict[str, Any]]) -> None:
+    """bf16 is the fp32 result, rounded by what rounds everywhere else."""
+    for exact, rounded in zip(left[::2], left[1::2], strict=True):
+        expected = torch.empty(exact["parameter"].shape, dtype=torch.bfloat16)
+        rounding = Rounding((KEY[0], KEY[1]), STEP)
+        stochastic_copy_(expected, exact["parameter"].contiguous(), rounding=rounding)
+        assert torch.equal(rounded["parameter"], expected)
+        assert not torch.equal(expected, exact["parameter"].bfloat16())
+        for name in ("row", "column"):
+            assert exact[name] is None or torch.equal(exact[name], rounded[name])
+
+
+@pytest.mark.parametrize("piece", [2**18, 64], ids=["whole", "pieces"])
+def test_bf16_is_rounded_stochastically_and_once(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PIECE_ELEMENTS", piece)
+    calls = rounded_calls()
+    for call in calls:
+        module._adalomo(**call)
+    check_rounded(calls)
+    torch.library.opcheck(torch.ops.memrt.adalomo.default, (), rounded_calls()[1])
+
+
+def test_workspace_counts_what_rounding_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch inside the operator that rounds is not seen; it is what that operator declares."""
+    monkeypatch.setattr(module, "PIECE_ELEMENTS", 4096)
+    call = {**call_of((500, 64), torch.bfloat16), "step": STEP, "rounding_key": KEY}
+    with LiveBytes([v for v in call.values() if isinstance(v, Tensor)]) as seen:
+        module._adalomo._init_fn(**call)
+    piece = call["parameter"][:64]
+    scratch = rounding_bytes(piece, piece.float())
+    declared = workspace_bytes(**call)
+    assert declared == workspace_bytes(*call.values())
+    assert max(seen.peak_bytes, 4 * 4096 + scratch) <= declared <= seen.peak_bytes + scratch
+
+
 def empty() -> dict[str, Any]:
     call = call_of((1, 3), torch.float32)
     nothing = torch.zeros(0, 3)
@@ -178,6 +235,7 @@ def test_what_is_wrong_is_named() -> None:
         ({"row": torch.zeros(6)}, "row must be 4 elements of fp32, got 6"),
         ({"column": torch.zeros(6).half()}, r"column must be 6 .* got 6 of torch\.float16"),
         ({"row": None}, "a parameter of 4 rows has a second moment by row"),
+        ({"step": STEP, "rounding_key": KEY}, r"to bf16 and wants a step, got torch\.float32"),
     ):
         with pytest.raises(ValueError, match=words):
             module._adalomo(**{**call, **options})
@@ -203,6 +261,16 @@ def test_the_interpreted_kernels_are_as_close_to_fp64_as_the_reference() -> None
         assert seen <= declared <= 1.5 * seen + 64
 
 
+def test_the_interpreted_kernel_rounds_with_the_bits_of_all_others() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    check_rounded(call_interpreted("tests.kernels.test_adalomo:stepped", rounded_calls()))
+
+
+def stepped(**call: Any) -> None:
+    """What the interpreter's process calls: the operator's body alone."""
+    module._adalomo._init_fn(**call)
+
+
 def counted(bytes_found: Tensor, **call: Any) -> None:
     """What the interpreter's process calls: the operator's body, and the bytes that it takes."""
     with LiveBytes([v for v in call.values() if isinstance(v, Tensor)]) as seen:
@@ -218,8 +286,8 @@ def test_it_compiles_for_every_architecture_without_spills(
     kernel: str, block_columns: int, record_property: Callable[[str, object], None]
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    sizes = ("num_rows", "num_columns", "weight_row", "gradient_row", "strip")
-    floats = ("row_ptr", "column_ptr", "squares_ptr", "sizes_ptr", "row_sums_ptr")
+    sizes = ("num_rows", "num_columns", "weight_row", "gradient_row", "strip", "key0", "key1")
+    floats = ("row_ptr", "column_ptr", "squares_ptr", "sizes_ptr", "step_ptr", "row_sums_ptr")
     found = compile_ahead(
         f"memrt.kernels._triton.adalomo:{kernel}_kernel",
         {
@@ -231,6 +299,7 @@ def test_it_compiles_for_every_architecture_without_spills(
         {
             "gradient_column": 1,
             **({} if kernel == "sums" else {"weight_column": 1, "HAS_ROWS": True}),
+            **({"STOCHASTIC": True} if kernel == "write" else {}),
             "BLOCK_ROWS": 2048 // block_columns,
             "BLOCK_COLUMNS": block_columns,
         },
@@ -257,3 +326,12 @@ def test_a_gpu_is_as_close_to_fp64_as_the_reference() -> None:
             module._adalomo(**again)
             check(found, call)
             assert torch.equal(found["parameter"], again["parameter"])
+    calls = [
+        {name: v.to("cuda") if isinstance(v, Tensor) else v for name, v in call.items()}
+        for call in rounded_calls()
+    ]
+    for call in calls:
+        module._adalomo(**call)
+    check_rounded(
+        [{n: v.cpu() if isinstance(v, Tensor) else v for n, v in c.items()} for c in calls]
+    )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from memrt.optimizers import lomo
 from memrt.optimizers.adalomo import AdaLomo
 from memrt.optimizers.lomo import Lomo
 from memrt.optimizers.parameterwise import ParameterwiseOptimizer
@@ -37,7 +38,8 @@ def assert_same(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lomo_has_the_bits_of_torchs_sgd(dtype: torch.dtype) -> None:
     ours, theirs = new_parameters(dtype), new_parameters(dtype)
-    optimizers = Lomo(ours, lr=3e-2), torch.optim.SGD(theirs, lr=3e-2, foreach=False)
+    nearest = Lomo(ours, lr=3e-2, stochastic_rounding=False)
+    optimizers = nearest, torch.optim.SGD(theirs, lr=3e-2, foreach=False)
     for step in range(4):
         for parameters, optimizer in zip((ours, theirs), optimizers, strict=True):
             give_gradients(parameters, step)
@@ -95,6 +97,74 @@ def test_resume_is_exact_and_keeps_fp32_state(
     assert_same(whole, resumed)
 
 
+@pytest.mark.parametrize("frees", [False, True], ids=["kept", "freed"])
+@pytest.mark.parametrize(("kind", "rate"), [(Lomo, 1e-3), (AdaLomo, 1e-3 / 1.5)])
+def test_small_updates_of_bf16_weights_arrive_in_the_mean(
+    kind: type[ParameterwiseOptimizer], rate: float, frees: bool
+) -> None:
+    """An eighth of bf16's spacing a step: of independent draws, element by element and in all."""
+    num_steps, unit = 200, 2**-7
+    exact, rounded, nearest = (
+        nn.Parameter(torch.full((64, 64), 1.5, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
+    )
+    optimizers = [kind([weight], lr=rate) for weight in (exact, rounded)]  # type: ignore[call-arg]
+    optimizers.append(kind([nearest], lr=rate, stochastic_rounding=False))  # type: ignore[call-arg]
+    for _ in range(num_steps):
+        for weight, optimizer in zip((exact, rounded, nearest), optimizers, strict=True):
+            weight.grad = torch.full_like(weight, -1.0)
+            if frees:
+                optimizer.state.clear()
+            optimizer.step()
+    assert (nearest == 1.5).all()
+    aim = float(exact.detach().mean()) - 1.5
+    moved = rounded.detach().double() - 1.5
+    chance = aim / num_steps / unit
+    spread = unit * (num_steps * chance * (1 - chance)) ** 0.5
+    count = moved.numel()
+    # adalomo's rate follows the weight, which is 1 % off where its mean is
+    assert abs(float(moved.mean()) - aim) < 5 * spread / count**0.5 + 0.01 * aim
+    assert abs(float(moved.std()) / spread - 1) < 5 / (2 * count) ** 0.5 + 0.02
+    assert moved.all()
+
+
+def test_lomo_rounds_in_pieces_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for size in (2**22, 4):
+        monkeypatch.setattr(lomo, "PIECE_ELEMENTS", size)
+        parameters = new_parameters(torch.bfloat16)
+        optimizer = Lomo(parameters, lr=1e-2, weight_decay=0.1, clip_value=0.5)
+        give_gradients(parameters, 0)
+        optimizer.step()
+        found.append(parameters)
+    assert_same(*found)
+    turned = nn.Parameter(new_parameters(torch.bfloat16)[0].detach().t().contiguous().t())
+    optimizer = Lomo([turned], lr=1e-2, weight_decay=0.1, clip_value=0.5)
+    give_gradients(parameters, 0)
+    turned.grad = parameters[0].grad
+    optimizer.step()
+    assert torch.equal(turned, parameters[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_before_there_was_rounding_loads(
+    kind: type[ParameterwiseOptimizer],
+) -> None:
+    parameters = new_parameters(torch.bfloat16)
+    optimizer = kind(parameters, stochastic_rounding=False)  # type: ignore[call-arg]
+    give_gradients(parameters, 0)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["num_updates"]
+    for group in saved["param_groups"]:
+        del group["stochastic_rounding"], group["rounding_seed"]
+    resumed = kind(parameters, rounding_seed=3)  # type: ignore[call-arg]
+    resumed.load_state_dict(saved)
+    assert resumed.param_groups[0]["stochastic_rounding"] is True
+    assert resumed.param_groups[0]["rounding_seed"] == 3
+    resumed.step()
+
+
 def test_the_state_of_another_rule_is_refused() -> None:
     parameters = new_parameters()
     give_gradients(parameters, 0)
@@ -130,6 +200,8 @@ def test_schedulers_and_closures_work(kind: type[ParameterwiseOptimizer]) -> Non
         (Lomo, {"lr": -1.0}, "lr=-1.0"),
         (Lomo, {"weight_decay": True}, "weight_decay=True"),
         (Lomo, {"clip_value": 0.0}, "clip_value=0.0"),
+        (Lomo, {"stochastic_rounding": 1}, "stochastic_rounding=1"),
+        (AdaLomo, {"rounding_seed": 0.5}, "rounding_seed=0.5"),
         (AdaLomo, {"eps": (1e-30, -1.0)}, "eps=-1.0"),
         (AdaLomo, {"clip_threshold": 0.0}, "clip_threshold=0.0"),
         (AdaLomo, {"decay_rate": 0.8}, "decay_rate=0.8"),

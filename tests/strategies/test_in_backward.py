@@ -413,6 +413,31 @@ def test_a_layer_used_twice_under_checkpoints_is_updated_once() -> None:
     assert_equal(found[1], found[0])
 
 
+class Sparse(nn.Module):
+    """A model whose embedding has sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4, sparse=True)
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden: Tensor = self.embedding(ids)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize("form", [*FORMS, "lomo", "adalomo"])
+def test_a_sparse_gradient_is_refused_by_its_name(form: str) -> None:
+    run = memrt.prepare(Sparse(), [form])
+    words = (
+        r"the gradient of embedding\.weight is torch\.sparse_coo, .* nn\.Embedding\(sparse=False\)"
+    )
+    with pytest.raises(ValueError, match=words), run.micro_batch():
+        run.backward(run.model(torch.tensor([1, 2])).sum())
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_gradient_in_pieces_is_refused(form: str) -> None:
     """Reentrant checkpointing, or a second backward, would update on the first piece alone."""

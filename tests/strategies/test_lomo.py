@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import memrt
 from memrt.errors import ConflictError
 from memrt.optimizers.adalomo import AdaLomo
 from memrt.optimizers.lomo import Lomo
+from memrt.planning import simulate
+from memrt.profiling.ledger import Ledger
 from memrt.registry import parse_all
 from memrt.runner import model_loss, start, train_step
 from memrt.structure import RunSettings
@@ -32,7 +35,8 @@ def test_in_backward_it_has_the_bits_of_its_rule_after_backward(
     """The reference: a plain loop, `clip_grad_norm_`, the optimizer. Head and embedding are one,
     layers are checkpointed, the schedule moves."""
     plain, model = model_of("gpt2", dtype=dtype), model_of("gpt2", dtype=dtype)
-    reference = OPTIMIZERS[name](plain.parameters(), lr=5e-2, weight_decay=0.1)
+    options = {"lr": 5e-2, "weight_decay": 0.1, "rounding_seed": 42}  # of `prepare`
+    reference = OPTIMIZERS[name](plain.parameters(), **options)
     clip = "two_pass" if max_norm else "none"
     run = memrt.prepare(
         model,
@@ -95,6 +99,44 @@ def test_the_bytes_of_state_and_gradients_are_those_of_the_formula(name: str) ->
     assert accounts["optimizer"] == state[name]
     assert sizes[-1] <= accounts["gradients"] <= sizes[-1] + sizes[-2]
     assert accounts["weights"] == sum(sizes) + sum(4 * b.numel() for b in model.buffers())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_weights_are_rounded_as_the_run_says(name: str) -> None:
+    found = []
+    for options in ({}, {"seed": 7}, {"stochastic_rounding": False}):
+        model = model_of("plain", dtype=torch.bfloat16)
+        run = memrt.prepare(model, [name], lr=1e-3, **options)  # type: ignore[arg-type]
+        train(run, "plain", count=2)
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    before = torch.cat(
+        [p.detach().flatten() for p in model_of("plain", dtype=torch.bfloat16).parameters()]
+    )
+    ours, seeded, nearest = found
+    assert not torch.equal(ours, seeded)
+    assert int((ours != before).sum()) > int((nearest != before).sum())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plan_of_bf16_weights_is_the_ledger(name: str) -> None:
+    strategies, settings = parse_all([name]), RunSettings(max_grad_norm=0.0)
+    window = tiny_batches("llama", count=1)
+
+    def build() -> nn.Module:
+        return model_of("llama", dtype=torch.bfloat16)
+
+    planned = simulate(build, strategies, window, settings=settings)
+    ledger = Ledger()
+    with ledger:
+        run = start(build(), strategies, settings=settings, ledger=ledger)
+        for _ in range(2):
+            train_step(run, window)
+    ledger.close()
+    counted_peak = ledger.timeline.peak()
+    assert planned.peak.peak_bytes == counted_peak.peak_bytes
+    assert planned.peak.accounts == counted_peak.accounts
+    assert planned.phases() == ledger.timeline.phase_peaks()
+    assert planned.account_maxima == ledger.timeline.account_maxima()
 
 
 @pytest.mark.parametrize("name", NAMES)
