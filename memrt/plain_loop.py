@@ -50,9 +50,8 @@ def prepare(
     AdamW's settings are torch's, but for a `weight_decay` of 0: `lr=1e-3, betas=(0.9, 0.999),
     eps=1e-8`. `accumulation_steps=0` says that the loop decides window by window. `optimizer`
     replaces the built one: it is refused together with settings of AdamW, which it would not heed,
-    and when a strategy brings a part of the optimizer. Where one does, or where `lisa` or `badam`
-    train bf16 weights, these are rounded stochastically, or to the nearest with
-    `stochastic_rounding=False`.
+    and when a strategy brings a part of the optimizer. Where one does (`lisa` and `badam`: to bf16
+    weights), bf16 is rounded stochastically, or to the nearest with `stochastic_rounding=False`.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r}: must be an nn.Module; memrt.load makes one")

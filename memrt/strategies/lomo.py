@@ -5,8 +5,8 @@ gradients: the largest single one, 4 n_max bytes (2 in bf16) in place of 4 n. It
 rate of SGD (the paper: 3e-2 to 5e-2, linear schedule, batch 16) and clipping: by the global norm
 (the paper: max_grad_norm=1.0) with `clip="two_pass"`, at the price of a second backward pass, or
 element by element in the one pass (`clip_value`; the authors' advice for rates below 1e-3). bf16
-weights are rounded stochastically: to the nearest, most updates would be lost. What is kept and what
-is refused: docs/update-time.md. Lv et al. 2023, arXiv 2306.09782.
+weights are rounded stochastically: to the nearest, most updates would be lost. What is kept and
+what is refused: docs/update-time.md. Lv et al. 2023, arXiv 2306.09782.
 """
 
 from __future__ import annotations
