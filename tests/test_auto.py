@@ -33,7 +33,7 @@ def _high(*stack: str, **shape: int) -> int:
 
 
 def _chosen(budget: int, *stack: str, **options: Any) -> Choice:
-    return choose(_config(), stack, **{"budget": str(budget), **SHAPE, **options})
+    return choose(_config(), stack, **{"budget": f"{budget}B", **SHAPE, **options})
 
 
 def test_what_fits_as_it_is_stays_as_it_is() -> None:
@@ -141,8 +141,8 @@ def test_the_host_can_be_what_does_not_fit() -> None:
     pinned = found.host_bytes["pinned"]
     # layer inputs are 64 KiB each, a power of two; two layers
     assert pinned >= found.host_bytes["counted"] >= 2 * 4 * 64 * 64 * 4
-    assert plan(_config(), stack, host=str(pinned), **options).fits is True
-    small = plan(_config(), stack, host=str(pinned - 1), **options)
+    assert plan(_config(), stack, host=f"{pinned}B", **options).fits is True
+    small = plan(_config(), stack, host=f"{pinned - 1}B", **options)
     assert small.fits is small.fits_host is False
     assert small.to_json()["host"]["total_bytes"] == pinned - 1
     assert plan(_config(), stack, host="1KiB", **SHAPE).fits is False
