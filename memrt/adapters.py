@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from memrt.packed_weights import is_packed, unpack
 from memrt.profiling.fake import is_fake
+from memrt.structure import discover
 
 __all__ = [
     "ADAPTER_NAME",
@@ -36,6 +38,7 @@ __all__ = [
     "read_adapters",
     "reads_base_weights",
     "remove_adapters",
+    "task_heads",
     "trained_copies",
 ]
 
@@ -117,6 +120,41 @@ def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
 
 
+def task_heads(model: nn.Module) -> list[str]:
+    """Modules that a task puts on a model's body, by name; none where a language-model head is.
+
+    Those behind the body, and what of the body they alone read, its pooler: a body that was trained
+    without the task has none of them, and each load draws them anew.
+    """
+    structure = discover(model)
+    body = structure.body
+    if structure.head is not None or body is None:
+        return []
+    stacks = [stack.name for stack in structure.stacks]
+    heads = [
+        n for n in _behind(model, {body}) if any(True for _ in model.get_submodule(n).parameters())
+    ]
+    inner = model.get_submodule(body)
+    layered = {
+        child
+        for child, _ in inner.named_children()
+        if any(f"{stack}.".startswith(f"{body}.{child}.") for stack in stacks)
+    }
+    poolers = [
+        f"{body}.{child}"
+        for child in _behind(inner, layered)
+        if any(isinstance(part, nn.Linear) for part in inner.get_submodule(child).modules())
+    ]
+    return [*poolers, *heads] if heads else []
+
+
+def _behind(parent: nn.Module, children: set[str]) -> list[str]:
+    """Children of a module that are registered after one of these."""
+    names = [name for name, _ in parent.named_children()]
+    first = min((names.index(name) for name in children), default=len(names))
+    return [name for name in names[first:] if name not in children]
+
+
 def inject(config: Any, model: nn.Module, *, on_meta: bool = False) -> Injection:
     """Put adapters into a model; only they train. `ValueError` with PEFT's reason if it refuses."""
     from peft import inject_adapter_in_model
@@ -125,6 +163,7 @@ def inject(config: Any, model: nn.Module, *, on_meta: bool = False) -> Injection
     before = Injection.of(model)
     fake = any(is_fake(parameter) for parameter in model.parameters())
     config.base_model_name_or_path = vars(model).get("name_or_path")
+    blanks = _blanked(model, config.modules_to_save or ()) if fake and _saves(config) else []
     try:
         with warnings.catch_warnings(), torch.device("meta") if fake else nullcontext():
             # PEFT sets this one by itself, for each kind of layer, and says so
@@ -133,17 +172,76 @@ def inject(config: Any, model: nn.Module, *, on_meta: bool = False) -> Injection
                 config, model, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=on_meta
             )
     except (ValueError, TypeError, NotImplementedError) as error:
+        _unblank(blanks)
         remove_adapters(model, before)
         raise ValueError(
             f"PEFT cannot put {config.peft_type.value} into {type(model).__name__}: {error}"
         ) from error
     if fake:
+        _unblank(blanks)
         _make_fake_adapters(model)
+        _make_fake_copies(model)
     elif not on_meta:
         cast_adapter_dtype(model, ADAPTER_NAME)  # to fp32, as PEFT's own wrapper does
     if hasattr(model, "save_pretrained"):
         vars(model)["_hf_peft_config_loaded"] = True  # save_pretrained writes PEFT's layout
     return before
+
+
+def _saves(config: Any) -> bool:
+    return bool(getattr(config, "modules_to_save", None))
+
+
+_Blank: TypeAlias = tuple[dict[str, Any], str, Tensor]
+
+
+def _blanked(model: nn.Module, names: Collection[str]) -> list[_Blank]:
+    """Put tensors on meta in the place of fake ones in modules that PEFT will copy.
+
+    A copy of a fake tensor copies the mode that it is of, with all that the mode has seen.
+    """
+    found: list[_Blank] = []
+    for key, module in model.named_modules():
+        if not any(key.endswith(name) for name in names):
+            continue
+        for part in module.modules():
+            for slots in (part._parameters, part._buffers):
+                for name, tensor in slots.items():
+                    if tensor is not None and is_fake(tensor):
+                        found.append((slots, name, tensor))
+                        with unset_fake_temporarily():
+                            blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        slots[name] = (
+                            nn.Parameter(blank, tensor.requires_grad) if is_parameter else blank
+                        )
+    return found
+
+
+def _unblank(blanks: list[_Blank]) -> None:
+    for slots, name, tensor in blanks:
+        if slots[name].requires_grad != tensor.requires_grad:
+            tensor.requires_grad_(slots[name].requires_grad)
+        slots[name] = tensor
+
+
+@torch.no_grad()
+def _make_fake_copies(model: nn.Module) -> None:
+    """Give copies of modules, made on meta, fake tensors like those of the modules."""
+    for _, module in _saved_modules(model):
+        copied = module.modules_to_save[ADAPTER_NAME]
+        for own, part in zip(module.original_module.modules(), copied.modules(), strict=True):
+            for slots, wanted in (
+                (part._parameters, own._parameters),
+                (part._buffers, own._buffers),
+            ):
+                for name, blank in slots.items():
+                    if blank is not None and blank.device.type == "meta":
+                        made = torch.empty_like(wanted[name])
+                        is_parameter = isinstance(blank, nn.Parameter)
+                        slots[name] = (
+                            nn.Parameter(made, blank.requires_grad) if is_parameter else made
+                        )
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
 """What adapters know their base by: a hash beside their files, compared before they are used.
 
     adapter_config.json, adapter_model.safetensors    PEFT's, unchanged: plain PEFT loads the folder
-    memrt_base.json    version, the base's class, its hash, and what of it the hash leaves out
+    memrt_base.json    version, the base's class, its hash, what the hash leaves out, and its head
 
 The hash is that of a ladder's backbone (`memrt.ladder.files`): SHA-256 over what every precision
 keeps, the embeddings, norms and biases, rounded to bfloat16. What trained beside the adapters is
-left out, by name. A folder without the file, such as PEFT writes, loads as it always did.
+left out, by name; what is frozen of a task's head, which each load may draw anew, is in. A folder
+without the file, such as PEFT writes, loads as it always did.
 
 Costs one pass over the embeddings when the first checkpoint is written and when one is read; on the
 host 32 MiB of them at a time.
@@ -22,6 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from memrt.adapters import task_heads
 
 __all__ = [
     "BASE_NAME",
@@ -48,6 +51,8 @@ class BaseRecord:
     fingerprint: str
     left_out: tuple[str, ...] = ()
     """Parameters that a hash would take and that trained, or were trained as copies."""
+    head: tuple[str, ...] = ()
+    """Frozen parameters of a task's head, which the hash takes too."""
 
     def write(self, folder: Path) -> None:
         """Beside the adapters."""
@@ -56,6 +61,7 @@ class BaseRecord:
             "model": self.model,
             "base": self.fingerprint,
             "left_out": list(self.left_out),
+            "head": list(self.head),
         }
         (folder / BASE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
@@ -72,6 +78,7 @@ class BaseRecord:
                 model=str(values["model"]),
                 fingerprint=fingerprint,
                 left_out=tuple(map(str, values["left_out"])),
+                head=tuple(map(str, values.get("head", ()))),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); copy it again") from error
@@ -86,7 +93,8 @@ class BaseRecord:
         """For another base than this."""
         return ValueError(
             f"the adapters in {folder} were trained on another base (a {self.model}) than {base}: "
-            "embeddings, norms or biases differ; give the model that they were trained on "
+            f"embeddings, norms or biases{' or the head' * bool(self.head)} differ; give the model "
+            "that they were trained on "
             f"(deleting {BASE_NAME} there leaves the base unchecked)"
         )
 
@@ -94,19 +102,24 @@ class BaseRecord:
 def base_record(model: nn.Module) -> BaseRecord:
     """Of a model, with or without adapters in it."""
     model = _inner(model)
-    lasting = dict(_lasting(model))
-    trained = {name for name, parameter in lasting.items() if parameter.requires_grad}
-    left_out = sorted(trained.union(_copied(model, _embedding_ids(model))))
+    changed = {*_trained(model), *_copied(model)}
+    head = tuple(name for name in _head_names(model) if name not in changed)
+    lasting = dict(_lasting(model, head))
+    left_out = sorted(changed & lasting.keys())
     return BaseRecord(
         model=type(model).__name__,
         fingerprint=_digest(_in_memory(lasting, left_out)),
         left_out=tuple(left_out),
+        head=head,
     )
 
 
-def base_hash(model: nn.Module, *, left_out: Collection[str]) -> str:
-    """SHA-256 over what every precision keeps of a loaded model, but for these parameters."""
-    return _digest(_in_memory(dict(_lasting(model)), left_out))
+def base_hash(model: nn.Module, *, left_out: Collection[str], head: Collection[str] = ()) -> str:
+    """SHA-256 over what every precision keeps of a loaded model, but for these parameters.
+
+    `head`: parameters that are taken in, whatever they are.
+    """
+    return _digest(_in_memory(dict(_lasting(model, head)), left_out))
 
 
 def require_base(model: nn.Module, folder: str | Path) -> None:
@@ -115,7 +128,7 @@ def require_base(model: nn.Module, folder: str | Path) -> None:
     if record is None:
         return
     model = _inner(model)
-    if base_hash(model, left_out=record.left_out) != record.fingerprint:
+    if base_hash(model, left_out=record.left_out, head=record.head) != record.fingerprint:
         raise record.refuse(Path(folder), f"this {type(model).__name__}")
 
 
@@ -149,11 +162,13 @@ def require_base_tensors(
 # ---------------------------------------------------------------- what is hashed
 
 
-def lasting_names(model: Any) -> list[tuple[str, ...]]:
-    """The parameters that a hash takes, for a model on meta, of which nothing is tied yet.
+def lasting_names(model: Any, folder: Path) -> list[tuple[str, ...]]:
+    """The parameters that a folder's hash takes, for a model on meta: nothing of it is tied yet.
 
     Each comes with the names that share it in the loaded model, the first of them first.
     """
+    record = BaseRecord.read(folder)
+    head = () if record is None else record.head
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     embeddings = _embedding_ids(model)
     groups: dict[str, list[str]] = {}
@@ -161,7 +176,7 @@ def lasting_names(model: Any) -> list[tuple[str, ...]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         leader = ties.get(name, name)
         groups.setdefault(leader, []).append(name)
-        if _lasts(parameter, embeddings):
+        if _lasts(parameter, embeddings) or name in head:
             lasts.add(leader)
     return [tuple(names) for leader, names in groups.items() if leader in lasts]
 
@@ -188,14 +203,30 @@ def _embedding_ids(model: nn.Module) -> set[int]:
     }
 
 
-def _lasting(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _lasting(model: nn.Module, head: Collection[str] = ()) -> Iterator[tuple[str, nn.Parameter]]:
     """The same of a loaded model, by the names that it has without adapters."""
     embeddings = _embedding_ids(model)
+    for name, parameter in _own(model):
+        if _lasts(parameter, embeddings) or name in head:
+            yield name, parameter
+
+
+def _own(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters but those of adapters, by the names that they have without adapters."""
     wrappers = dict(_wrappers(model))
     for name, parameter in model.named_parameters():
         plain = _plain_name(name, wrappers)
-        if plain is not None and _lasts(parameter, embeddings):
+        if plain is not None:
             yield plain, parameter
+
+
+def _head_names(model: nn.Module) -> list[str]:
+    inside = tuple(f"{name}." for name in task_heads(model))
+    return [name for name, _ in _own(model) if name.startswith(inside)]
+
+
+def _trained(model: nn.Module) -> Iterator[str]:
+    return (name for name, parameter in _own(model) if parameter.requires_grad)
 
 
 def _wrappers(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -227,14 +258,14 @@ def _plain_name(name: str, wrappers: dict[str, str]) -> str | None:
     return ".".join(plain)
 
 
-def _copied(model: nn.Module, embeddings: Collection[int]) -> Iterator[str]:
-    """Parameters that a hash would take and of which PEFT trains a copy, or a part."""
+def _copied(model: nn.Module) -> Iterator[str]:
+    """Parameters of which PEFT trains a copy, or a part."""
     wrappers = dict(_wrappers(model))
     for name, own in wrappers.items():
         if own == "original_module":
-            for part, parameter in model.get_submodule(f"{name}.{own}").named_parameters():
+            for part, _ in model.get_submodule(f"{name}.{own}").named_parameters():
                 plain = _plain_name(f"{name}.{own}.{part}", wrappers)
-                if plain is not None and _lasts(parameter, embeddings):
+                if plain is not None:
                     yield plain
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,8 +19,10 @@ from memrt.adapters import (
     has_adapter_files,
     inject,
     load_adapters,
+    read_adapters,
     reads_base_weights,
     remove_adapters,
+    task_heads,
 )
 from memrt.base_record import require_base
 from memrt.checkpoint import load_state, read_strategies
@@ -164,6 +167,8 @@ class Source:
                 f"{self.base or self.folder}: its weights are quantised by another library; name "
                 "the model that it was made from"
             )
+        if self.adapter_config is not None:
+            _take_labels(config, self.folder, self.task)
         return config
 
     # ------------------------------------------------------------ whole models
@@ -175,7 +180,10 @@ class Source:
                 raise ValueError(
                     "verify=True: needs base as a folder, for the run's model is built on it too"
                 )
-            model = load(str(self.base), self.packed, task=self.task)
+            with warnings.catch_warnings():
+                # of its head: adapters bring one, and the export itself says what it lacks
+                warnings.filterwarnings("ignore", message=".*the checkpoint (lacks|holds) weights")
+                model = load(str(self.base), self.packed, task=self.task, config=self._config())
             inject(copy.deepcopy(self.adapter_config), model)
             load_adapters(model, self.folder, remedy=_REMEDY)
             require_base(model, self.folder)
@@ -197,7 +205,9 @@ class Source:
             unpacked = len(packed_layers(model))
             return session.export(), 0, unpacked
         model = (
-            self.base if isinstance(self.base, nn.Module) else load(str(self.base), task=self.task)
+            self.base
+            if isinstance(self.base, nn.Module)
+            else load(str(self.base), task=self.task, config=self._config())
         )
         if not self.strategies:
             before = inject(copy.deepcopy(self.adapter_config), model)
@@ -327,6 +337,23 @@ def _task(config: Any) -> str | None:
     """The task that an adapter says it was trained for."""
     named = getattr(config.task_type, "value", config.task_type)
     return _TASKS.get(str(named))
+
+
+def _take_labels(config: Any, adapters: Path, task: str | None) -> None:
+    """As many as the head has that was saved with the adapters: a base may know of none."""
+    auto = auto_class(config, task)
+    if "Classification" not in auto.__name__:
+        return
+    saved = {name: tensor.shape for name, tensor in read_adapters(adapters).items()}
+    model: Any = Skeleton.build(lambda: auto.from_config(config)).model
+    heads = tuple(f"{name}." for name in task_heads(model))
+    for name, parameter in model.named_parameters():
+        own, found = parameter.shape, saved.get(name)
+        if found is None or not name.startswith(heads):
+            continue
+        if own[0] == config.num_labels != found[0] and own[1:] == found[1:]:
+            config.num_labels = found[0]
+            return
 
 
 def _kind(config: Any, folder: Path) -> Any:

@@ -151,7 +151,7 @@ class PlainWeights:
         """What adapters change: folded weights, and copies that were trained whole."""
         assert self.adapters is not None
         names = {id(module): name for name, module in self.model.named_modules()}
-        lasting = lasting_names(self.model)
+        lasting = lasting_names(self.model, self.adapters)
         _stand_in(self.model)
         inject(self.adapter_config, self.model)
         state = read_adapters(self.adapters)

@@ -16,6 +16,7 @@ input; see `fused_lora`. Methods without layers in the model (prompt and prefix 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ from memrt.adapters import (
     plain,
     reads_base_weights,
     remove_adapters,
+    task_heads,
 )
 from memrt.base_record import base_record
 from memrt.errors import unknown_name
@@ -69,7 +71,8 @@ class Peft(Strategy):
     rank: of the adapters.
     alpha: the scale on their output is alpha / rank; None is 2 * rank where the method has one.
     dropout: on the adapters' input.
-    targets: "all-linear" (every linear layer but the head), or names of modules.
+    targets: "all-linear" (every linear layer but the head), or names of modules. A task's head
+        (a classifier, its pooler) trains whole and is saved, unless modules_to_save is an option.
     options: further arguments of the method's configuration, by PEFT's names; not those of a
         setting that is given.
     config: a PEFT configuration (an object, or its dict) instead of all these, as it is.
@@ -114,6 +117,8 @@ class Peft(Strategy):
                 f"targets={self.targets!r}: must be 'all-linear' or a list of modules' names, such "
                 "as ['q_proj', 'v_proj']"
             )
+        if isinstance(self.targets, str):
+            _require_pattern(self.targets)
         if self.options is not None and not (
             isinstance(self.options, Mapping) and all(isinstance(key, str) for key in self.options)
         ):
@@ -159,6 +164,19 @@ class Peft(Strategy):
         _require_options(cls, options)
         return _made(cls, {**self._values(cls, options), **options})
 
+    def build_for(self, model: nn.Module) -> Any:
+        """The same for a model: what a task put behind its body trains whole, unless settings say.
+
+        A configuration object, `modules_to_save` among the options and a head among the targets
+        are left as they are.
+        """
+        config = self.build()
+        said = self.config is not None or "modules_to_save" in (self.options or {})
+        if not said and hasattr(config, "modules_to_save"):
+            heads = [head for head in task_heads(model) if not _is_target(head, config)]
+            config.modules_to_save = heads or None
+        return config
+
     def _values(self, cls: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         """The settings by PEFT's names; an option stands in for one that is not given."""
         known = {option.name: option.default for option in fields(cls)}
@@ -191,7 +209,7 @@ class Peft(Strategy):
 
     def check(self, facts: Facts) -> None:
         """Needs a method that lives in layers, layers for it, and no adapters yet."""
-        config = self.build()
+        config = self.build_for(facts.model)
         kind = config.peft_type.value
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise ValueError(
@@ -244,6 +262,13 @@ def _config_class(kind: Any, what: str, *, lower: bool = False) -> Any:
     return kinds[kind]
 
 
+def _is_target(name: str, config: Any) -> bool:
+    targets = getattr(config, "target_modules", None) or ()
+    if isinstance(targets, str):
+        return targets.lower() != "all-linear" and re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
 def _require_options(cls: Any, options: Mapping[str, Any]) -> None:
     known = {option.name for option in fields(cls)} | {"peft_type"}
     for option in options:
@@ -268,6 +293,15 @@ def _is_names(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _require_pattern(targets: str) -> None:
+    try:
+        re.compile(targets)
+    except re.error as error:
+        raise ValueError(
+            f"targets={targets!r}: is no regular expression ({error}); give a list of names"
+        ) from error
+
+
 def _require_rank(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r}: must be a whole number, 1 or more")
@@ -286,7 +320,7 @@ class _Adapters(Attachment):
 
     def __init__(self, settings: Peft, run: Session) -> None:
         super().__init__(settings, run)
-        self._undo = inject(settings.build(), run.model)
+        self._undo = inject(settings.build_for(run.model), run.model)
 
     @property
     def apart(self) -> Literal["no", "may", "must"]:

@@ -9,19 +9,24 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import memrt
 from memrt import registry
-from memrt.adapters import adapter_layers
-from memrt.base_record import BASE_NAME
+from memrt.adapters import adapter_layers, task_heads
+from memrt.base_record import BASE_NAME, base_record
 from memrt.errors import ConflictError
 from memrt.export import export_checkpoint
+from memrt.model_source import for_task
 from memrt.packed_weights import packed_layers
+from memrt.planning import plan
 from memrt.runner import model_loss
 from memrt.strategies.peft import Peft
 from memrt.testing import FAMILIES, tiny_batches, tiny_model
-from tests.trainer_runs import assert_same, history, model_of, run, saved_state, weights
+from tests.test_planned_tasks import _counted
+from tests.tiny_models import CONFIGS
+from tests.trainer_runs import arguments, assert_same, history, model_of, run, saved_state, weights
 
 pytestmark = pytest.mark.filterwarnings(  # PEFT asks transformers by a name of before
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
@@ -351,3 +356,164 @@ def test_a_method_that_cannot_be_folded_says_how_to_go_on(monkeypatch: pytest.Mo
     monkeypatch.setattr(peft.tuners.lora.Linear, "merge", refuse)
     with pytest.raises(ValueError, match=r"not this one.*PeftModel\.from_pretrained"):
         session.export()
+
+
+# -------------------------------------------------------------------- a task's head
+
+CLASSES = "sequence-classification"
+IDS = torch.arange(3, 35).reshape(4, 8)
+
+
+def of_a_task(family: str, task: str, **fields: Any) -> Any:
+    config = CONFIGS[family]()
+    config.update({"num_labels": 3, "pad_token_id": 0, **fields})
+    return memrt.load(for_task(config, task), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "heads"),
+    [
+        ("llama", CLASSES, ["score"]),
+        ("gpt2", "token-classification", ["classifier"]),
+        ("bert", CLASSES, ["bert.pooler", "classifier"]),
+        ("bert", "question-answering", ["qa_outputs"]),
+        ("t5", CLASSES, ["classification_head"]),
+        ("vit", "image-classification", ["classifier"]),
+        ("llama", "causal-lm", []),
+        ("bert", "masked-lm", []),
+    ],
+)
+def test_the_head_of_a_task_is_found_with_adapters_and_without(
+    family: str, task: str, heads: list[str]
+) -> None:
+    model = of_a_task(family, task)
+    assert task_heads(model) == heads
+    memrt.prepare(model, ["peft(rank=2)"])
+    assert task_heads(model) == heads
+    adapted = [name for name, _ in adapter_layers(model)]
+    assert adapted
+    assert not any(name.startswith(head) for name in adapted for head in heads)
+    whole = {name.partition(".modules_to_save.")[0] for name in trained_copies_of(model)}
+    assert whole == set(heads)
+
+
+def trained_copies_of(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and ".modules_to_save." in name
+    ]
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Peft(rank=2, options={"modules_to_save": ["norm"]}),
+        Peft(rank=2, options={"modules_to_save": []}),
+        Peft(rank=2, targets=["q_proj", "score"]),
+        Peft(config=peft.LoraConfig(r=2, target_modules=["q_proj", "score"])),
+    ],
+    ids=str,
+)
+def test_what_a_user_says_of_the_head_stays(strategy: Peft) -> None:
+    model = of_a_task("llama", CLASSES)
+    config = strategy.build()
+    memrt.prepare(model, [strategy])
+    assert not any("score" in name for name in trained_copies_of(model))
+    assert strategy.build_for(model).modules_to_save == config.modules_to_save
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_plan_of_a_classifier_s_adapters_equals_the_ledger(family: str, dtype: str) -> None:
+    config = CONFIGS[family]()
+    config.update({"pad_token_id": 0, "dtype": dtype})
+    stack = ["peft(rank=2)"]
+    planned = plan(config, stack, task=CLASSES, batch_size=2, sequence_length=16)
+    peak, maxima, outside = _counted(for_task(config, CLASSES), stack, planned.shape)
+    found = planned.simulation.peak
+    assert (found.peak_bytes, found.accounts) == (peak.peak_bytes, peak.accounts)
+    assert planned.simulation.account_maxima == maxima
+    assert planned.simulation.outside == outside
+
+
+def classified(folder: Path, base: Path, *, seed: int, strategy: Any, **options: Any) -> Any:
+    """A run on a base that has no head: every load draws another one."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    rows = torch.randint(3, 90, (24, 8), generator=torch.Generator().manual_seed(5))
+    data = [{"input_ids": row, "labels": row[0] % 3} for row in rows]
+    resume = options.pop("resume", None)
+    trainer = memrt.Trainer(
+        model=model,
+        args=arguments(folder, **{**SAVING, "learning_rate": 3e-2, **options}),
+        train_dataset=data,
+        strategies=strategy,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def classes_of(model: Any) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model.eval()(input_ids=IDS).logits
+    return result
+
+
+@pytest.mark.parametrize(
+    ("family", "stack"), [("llama", ["nf4", "peft(rank=4)"]), ("bert", ["peft(rank=4)"])]
+)
+def test_a_new_head_trains_is_saved_resumed_and_exported(
+    family: str, stack: list[str], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    config = CONFIGS[family]()
+    config.update({"pad_token_id": 0})
+    memrt.load(config, seed=0).save_pretrained(base)  # type: ignore[operator]
+    whole = classified(tmp_path / "run", base, seed=1, strategy=stack)
+    expected = classes_of(whole.model)
+    resumed = classified(
+        tmp_path / "on",
+        base,
+        seed=2,
+        strategy=stack,
+        resume=str(tmp_path / "run/checkpoint-3"),
+    )
+    assert torch.equal(classes_of(resumed.model), expected)
+    assert_same(saved_state(resumed), saved_state(whole))
+
+    checkpoint = tmp_path / "run/checkpoint-6"
+    torch.manual_seed(3)
+    other = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    if "nf4" in stack:
+        memrt.prepare(other, ["nf4", "peft"]).detach()  # the rounded weights
+    assert not torch.allclose(classes_of(other), expected, rtol=1e-2, atol=1e-2)
+    loaded = peft.PeftModel.from_pretrained(other, checkpoint)
+    assert torch.allclose(classes_of(loaded), expected, rtol=1e-5, atol=1e-5)
+    done = export_checkpoint(checkpoint, tmp_path / "plain", base=base, task=CLASSES, verify=True)
+    assert done.check is not None
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
+    assert torch.allclose(classes_of(plain), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_is_left_out_on_purpose_belongs_to_the_base(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    memrt.load(CONFIGS["llama"](), seed=0).save_pretrained(base)  # type: ignore[operator]
+    few = {"per_device_train_batch_size": 1}
+    strategy = [Peft(config=peft.LoraConfig(r=2, target_modules=["q_proj"]))]
+    whole = classified(tmp_path / "run", base, seed=1, strategy=strategy, **few)
+    more = {**few, "resume": str(tmp_path / "run/checkpoint-3")}
+    assert base_record(whole.model).head == ("score.weight",)
+    same = classified(tmp_path / "on", base, seed=1, strategy=strategy, **more)
+    assert torch.equal(same.model.score.weight, whole.model.score.weight)
+    with pytest.raises(ValueError, match=r"trained on another base .* biases or the head differ"):
+        classified(tmp_path / "other", base, seed=2, strategy=strategy, **more)
+    whole.model.eval()
+    kind = transformers.LlamaForSequenceClassification
+    torch.manual_seed(1)
+    kind.from_pretrained(base, num_labels=3).save_pretrained(tmp_path / "right")
+    kind.from_pretrained(base, num_labels=3).save_pretrained(tmp_path / "wrong")
+    checkpoint = tmp_path / "run/checkpoint-6"
+    export_checkpoint(checkpoint, tmp_path / "plain", base=tmp_path / "right", verify=True)
+    with pytest.raises(ValueError, match=r"trained on another base .* or the head differ"):
+        export_checkpoint(checkpoint, tmp_path / "bad", base=tmp_path / "wrong")
