@@ -130,7 +130,6 @@ def task_heads(model: nn.Module) -> list[str]:
     body = structure.body
     if structure.head is not None or body is None:
         return []
-    stacks = [stack.name for stack in structure.stacks]
     heads = [
         n for n in _behind(model, {body}) if any(True for _ in model.get_submodule(n).parameters())
     ]
@@ -138,7 +137,7 @@ def task_heads(model: nn.Module) -> list[str]:
     layered = {
         child
         for child, _ in inner.named_children()
-        if any(f"{stack}.".startswith(f"{body}.{child}.") for stack in stacks)
+        if any(f"{stack.name}.".startswith(f"{body}.{child}.") for stack in structure.stacks)
     }
     poolers = [
         f"{body}.{child}"
@@ -163,7 +162,7 @@ def inject(config: Any, model: nn.Module, *, on_meta: bool = False) -> Injection
     before = Injection.of(model)
     fake = any(is_fake(parameter) for parameter in model.parameters())
     config.base_model_name_or_path = vars(model).get("name_or_path")
-    blanks = _blanked(model, config.modules_to_save or ()) if fake and _saves(config) else []
+    blanks = _blanked(model, getattr(config, "modules_to_save", None) or ()) if fake else []
     try:
         with warnings.catch_warnings(), torch.device("meta") if fake else nullcontext():
             # PEFT sets this one by itself, for each kind of layer, and says so
@@ -188,10 +187,6 @@ def inject(config: Any, model: nn.Module, *, on_meta: bool = False) -> Injection
     return before
 
 
-def _saves(config: Any) -> bool:
-    return bool(getattr(config, "modules_to_save", None))
-
-
 _Blank: TypeAlias = tuple[dict[str, Any], str, Tensor]
 
 
@@ -211,17 +206,18 @@ def _blanked(model: nn.Module, names: Collection[str]) -> list[_Blank]:
                         found.append((slots, name, tensor))
                         with unset_fake_temporarily():
                             blank = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                        is_parameter = isinstance(tensor, nn.Parameter)
-                        slots[name] = (
-                            nn.Parameter(blank, tensor.requires_grad) if is_parameter else blank
-                        )
+                        slots[name] = _of_kind(tensor, blank)
     return found
+
+
+def _of_kind(kind: Tensor, tensor: Tensor) -> Tensor:
+    is_parameter = isinstance(kind, nn.Parameter)
+    return nn.Parameter(tensor, kind.requires_grad) if is_parameter else tensor
 
 
 def _unblank(blanks: list[_Blank]) -> None:
     for slots, name, tensor in blanks:
-        if slots[name].requires_grad != tensor.requires_grad:
-            tensor.requires_grad_(slots[name].requires_grad)
+        tensor.requires_grad_(slots[name].requires_grad)
         slots[name] = tensor
 
 
@@ -231,17 +227,12 @@ def _make_fake_copies(model: nn.Module) -> None:
     for _, module in _saved_modules(model):
         copied = module.modules_to_save[ADAPTER_NAME]
         for own, part in zip(module.original_module.modules(), copied.modules(), strict=True):
-            for slots, wanted in (
-                (part._parameters, own._parameters),
-                (part._buffers, own._buffers),
-            ):
+            for kind in ("_parameters", "_buffers"):
+                slots, wanted = getattr(part, kind), getattr(own, kind)
                 for name, blank in slots.items():
                     if blank is not None and blank.device.type == "meta":
                         made = torch.empty_like(wanted[name])
-                        is_parameter = isinstance(blank, nn.Parameter)
-                        slots[name] = (
-                            nn.Parameter(made, blank.requires_grad) if is_parameter else made
-                        )
+                        slots[name] = _of_kind(blank, made)
 
 
 @torch.no_grad()
@@ -285,8 +276,7 @@ def check_targets(config: Any, model: nn.Module) -> None:
     memo: dict[int, Any] = {}
     for tensor in parameters:
         blank = torch.empty_like(tensor, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if is_parameter else blank
+        memo[id(tensor)] = _of_kind(tensor, blank)
     inject(config, copy.deepcopy(model, memo), on_meta=True)
 
 
