@@ -20,10 +20,19 @@ import torch
 from memrt.strategy import Attachment, Rule, Slot, Strategy
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from memrt.session import Session
     from memrt.structure import Facts
 
-__all__ = ["PARKED", "RotatingSet", "check_rotation", "refuse_idle_rounding", "trainable_by_layer"]
+__all__ = [
+    "PARKED",
+    "RotatingSet",
+    "check_rotation",
+    "refuse_idle_rounding",
+    "trainable_by_layer",
+    "wide_moments",
+]
 
 PARKED = ("no", "host", "disk")
 """Where the optimizer state of what leaves goes; `"no"` frees it."""
@@ -51,6 +60,25 @@ def refuse_idle_rounding(facts: Facts) -> None:
             "stochastic_rounding=False has no effect: no parameter that trains is bf16; leave it "
             "out"
         )
+
+
+def wide_moments(run: Session, trained: Collection[str] | None = None) -> list[Rule]:
+    """Asks for memrt's AdamW where torch's would keep the moments of `trained` in bf16 or fp16.
+
+    None is what wants gradients now. An optimizer that the user brings has its own state, and stays.
+    """
+    named = dict(run.model.named_parameters())
+    names = [name for name, p in named.items() if p.requires_grad] if trained is None else trained
+    narrow = any(named[name].dtype in (torch.bfloat16, torch.float16) for name in names)
+    if not narrow or run.facts.settings.optimizer != "adamw":
+        return []
+    return [
+        Rule(
+            slot=Slot.ACTIVE_SET,
+            match=lambda name, parameter: True,
+            build=lambda name, parameter: "float32 moments",
+        )
+    ]
 
 
 def trainable_by_layer(facts: Facts) -> tuple[dict[str, list[str]], list[str]]:
@@ -88,25 +116,9 @@ class RotatingSet(Attachment):
         self._always = always or []
 
     def rules(self) -> list[Rule]:
-        """Asks for memrt's AdamW where torch's would keep narrow moments.
-
-        An optimizer that the user brings instead has its own state, and stays.
-        """
+        """Asks for memrt's AdamW where torch's would keep narrow moments."""
         trained = {*self._always, *(name for block in self._blocks for name in block)}
-        narrow = any(
-            parameter.dtype in (torch.bfloat16, torch.float16)
-            for name, parameter in self.run.model.named_parameters()
-            if name in trained
-        )
-        if not narrow or self.run.facts.settings.optimizer != "adamw":
-            return []
-        return [
-            Rule(
-                slot=Slot.ACTIVE_SET,
-                match=lambda name, parameter: name in trained,
-                build=lambda name, parameter: "in turns",
-            )
-        ]
+        return wide_moments(self.run, trained)
 
     def _draw(self, interval: int) -> list[int]:
         """The blocks of an interval, by their index."""

@@ -15,6 +15,7 @@ Bytes kept for backward, in elements a token and layer: nothing of the backbone 
 "pooled" and "projected" taps nothing; the side's blocks keep about 19 side, with `checkpoint` 1.
 Weights grow by about 1/reduction² of the blocks' and by taps, hidden · side for each linear one or
 for all projected ones together. A step costs a forward of the backbone and about 3/reduction² more.
+Beside a bf16 backbone the side is bf16, with fp32 moments and stochastic rounding.
 
 With `init="fisher"` the side's first weights are chosen on data before the first step, which takes
 what a batch takes with every block checkpointed: see `memrt.ladder.fisher`. With `"principal"` they
@@ -32,6 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
+from memrt.active_set import wide_moments
 from memrt.kernels.ladder import KEPT
 from memrt.ladder.attach import final_norm, task_head
 from memrt.ladder.build import build_ladder, prunes
@@ -39,7 +41,7 @@ from memrt.ladder.files import fill_side, has_ladder_files, write_ladder
 from memrt.ladder.shape import body_of, narrow_config
 from memrt.profiling.accounts import Account
 from memrt.registry import register
-from memrt.strategy import Attachment, Claim, Phase, Slot, Strategy
+from memrt.strategy import Attachment, Claim, Phase, Rule, Slot, Strategy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -265,6 +267,10 @@ class _Ladder(Attachment):
         before = {module: module.training for module in run.model.modules()}
         resting = build_ladder(run, settings)
         self._modes = {m: before[m] for each in resting for m in each.modules() if m in before}
+
+    def rules(self) -> list[Rule]:
+        """fp32 moments for a side network of bf16 or fp16."""
+        return wide_moments(self.run)
 
     @property
     def apart(self) -> Literal["no", "may", "must"]:

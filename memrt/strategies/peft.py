@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from memrt.active_set import wide_moments
 from memrt.adapters import (
     adapter_layers,
     changed_values,
@@ -39,7 +40,7 @@ from memrt.kernels.nf4 import without_hub_warning
 from memrt.packed_weights import packed_layers
 from memrt.profiling.accounts import Account
 from memrt.registry import register
-from memrt.strategy import EVERYTHING, Attachment, Claim, Phase, Slot, Strategy
+from memrt.strategy import EVERYTHING, Attachment, Claim, Phase, Rule, Slot, Strategy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -321,6 +322,10 @@ class _Adapters(Attachment):
     def __init__(self, settings: Peft, run: Session) -> None:
         super().__init__(settings, run)
         self._undo = inject(settings.build_for(run.model), run.model)
+
+    def rules(self) -> list[Rule]:
+        """fp32 moments where a head of bf16 or fp16 trains beside the adapters."""
+        return wide_moments(self.run)
 
     @property
     def apart(self) -> Literal["no", "may", "must"]:

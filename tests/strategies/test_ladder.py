@@ -298,6 +298,20 @@ def test_parameter_counts_are_the_published_ones_of_lst() -> None:
     assert round(100 * (count + tables) / backbone, 2) == 1.74
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_are_fp32_whatever_the_side_network_is(dtype: torch.dtype) -> None:
+    model = model_of("llama").to(dtype)
+    session = memrt.prepare(model, ["ladder(reduction=2)"], lr=1e-3)
+    side = dict(model.named_parameters())["model.layers.0.ladder.tap.weight"]
+    assert side.dtype is dtype
+    for seed in range(2):
+        session.train_micro_batch(lambda seed=seed: model(**batch_of("llama", seed=seed))["loss"])
+        session.step()
+    assert session.optimizer is not None
+    moments = [v for k, v in session.optimizer.state[side].items() if k.startswith("exp_avg")]
+    assert [moment.dtype for moment in moments] == [torch.float32] * 2
+
+
 # ---------------------------------------------------------------- starting weights
 
 
