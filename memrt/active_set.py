@@ -65,7 +65,7 @@ def refuse_idle_rounding(facts: Facts) -> None:
 def wide_moments(run: Session, trained: Collection[str] | None = None) -> list[Rule]:
     """Asks for memrt's AdamW where torch's would keep the moments of `trained` in bf16 or fp16.
 
-    None is what wants gradients now. An optimizer that the user brings has its own state, and stays.
+    None is what wants gradients now. An optimizer of the user's has its own state, and stays.
     """
     named = dict(run.model.named_parameters())
     names = [name for name, p in named.items() if p.requires_grad] if trained is None else trained
