@@ -596,12 +596,16 @@ def test_resume_between_two_refreshes(family: str, stop: int) -> None:
 def test_the_state_of_other_weights_is_refused() -> None:
     saved = memrt.prepare(build("llama"), ["galore(rank=4)"])
     train(saved, "llama", count=1)
-    other = memrt.prepare(build("llama"), ["galore(rank=4, targets='mlp')"])
-    with pytest.raises(ValueError, match=r"galore state for 28 weights, this run projects 12"):
-        other.load_state_dict(saved.state_dict())
-    narrower = memrt.prepare(build("llama"), ["galore(rank=3)"])
-    with pytest.raises(ValueError, match=r"saved basis is \(32, 4\).*resume with its rank"):
-        narrower.load_state_dict(saved.state_dict())
+    own = saved.strategy_state()["strategies"]["galore"]
+    for spec, words in (
+        ("galore(rank=4, targets='mlp')", r"galore state for 28 weights, this run projects 12"),
+        ("galore(rank=3)", r"saved basis is \(32, 4\).*resume with its rank"),
+    ):
+        other = memrt.prepare(build("llama"), [spec])
+        with pytest.raises(ValueError, match=r"was written with galore\(rank=4\)"):
+            other.load_state_dict(saved.state_dict())
+        with pytest.raises(ValueError, match=words):  # of settings that are equal, too
+            other.attachments[0].load_state_dict(own)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -140,8 +140,10 @@ def test_a_basis_of_another_format_or_rank_is_refused() -> None:
     run.detach()
     for spec in ("q_galore(rank=4, basis='float32')", "q_galore(rank=5)"):
         other = memrt.prepare(build("plain"), [spec])
-        with pytest.raises(ValueError, match=r"the saved basis is .*uint8.*resume with its"):
+        with pytest.raises(ValueError, match=r"was written with q_galore\(rank=4\)"):
             other.load_strategy_state(state)
+        with pytest.raises(ValueError, match=r"the saved basis is .*uint8.*resume with its"):
+            other.attachments[0].load_state_dict(state["strategies"]["q_galore"])
         other.detach()
 
 
