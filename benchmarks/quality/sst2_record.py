@@ -1,7 +1,7 @@
 """What the SST-2 runs say: means over seeds, beside full AdamW and the linear probe.
 
 Goals: every stack within 2 points of full AdamW and at least 4 above the probe, as means of 3
-seeds. With fewer seeds nothing is judged, and stacks with `judged=False` never are.
+seeds. With fewer seeds nothing is judged.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ def _stack_row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "learning_rate": first["learning_rate"],
         "steps": first["steps"],
         "seeds": len(runs),
-        "judged": STACKS[name].judged,
         "accuracy": fmean(run["accuracy"] for run in runs),
         "accuracies": [run["accuracy"] for run in runs],
         "loss": fmean(run["loss"] for run in runs),
@@ -66,7 +65,7 @@ def _judged(row: dict[str, Any], baseline: float | None, probe: float) -> dict[s
     below = None if baseline is None else baseline - row["accuracy"]
     above = row["accuracy"] - probe
     met = None
-    if row["judged"] and row["seeds"] >= NUM_SEEDS and below is not None:
+    if row["seeds"] >= NUM_SEEDS and below is not None:
         met = below <= BELOW_ADAMW and above >= ABOVE_PROBE
     return {**row, "below_adamw": below, "above_probe": above, "met": met}
 
@@ -83,7 +82,7 @@ def outcome(
     rows = [_stack_row(name, found) for name, found in by_stack.items()]
     means = {row["stack"]: row["accuracy"] for row in rows}
     judged = [_judged(row, means.get(BASELINE), probe["accuracy"]) for row in rows]
-    verdicts = [row["met"] for row in judged if row["judged"]]
+    verdicts = [row["met"] for row in judged]
     return {
         "repetitions": list(runs),
         "summary": {"probe": dict(probe), "rows": judged, "refused": dict(refused)},
@@ -96,7 +95,6 @@ def _reason(rows: Sequence[Mapping[str, Any]], probe: float) -> str:
     missed = [f"{row['stack']} {row['accuracy']:.3f}" for row in rows if row["met"] is False]
     lowest = min(rows, key=lambda row: row["accuracy"])
     full = next((row["accuracy"] for row in rows if row["stack"] == BASELINE), None)
-    shown = [f"{row['stack']} {row['accuracy']:.3f}" for row in rows if not row["judged"]]
     words = [
         f"probe {probe:.3f}",
         *([] if full is None else [f"full AdamW {full:.3f}"]),
@@ -104,6 +102,4 @@ def _reason(rows: Sequence[Mapping[str, Any]], probe: float) -> str:
     ]
     if missed:
         words.append("missed: " + ", ".join(missed))
-    if shown:
-        words.append("shown and not judged: " + ", ".join(shown))
     return "; ".join(words)

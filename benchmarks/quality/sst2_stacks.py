@@ -38,9 +38,6 @@ class Stack:
     """`TrainingArguments` that the stack needs."""
     probes: bool = False
     """Whether it looks at training rows before the first step."""
-    judged: bool = True
-    """Whether the goals are its own; a form that its strategy's page advises against where there is
-    data is shown with its price."""
 
 
 RATES: dict[str, Rates] = {
@@ -114,7 +111,7 @@ STACKS: dict[str, Stack] = {
         probes=True,
     ),
     "ladder, pooled taps": Stack(
-        strategies=("ladder(reduction=2, taps='pooled')",), rates="ladder", judged=False
+        strategies=("ladder(reduction=2, taps='pooled')",), rates="ladder"
     ),
     "activation_checkpoint + offload_activations": Stack(
         strategies=("activation_checkpoint", "offload_activations")

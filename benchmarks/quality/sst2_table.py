@@ -22,7 +22,7 @@ def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{100 * row['accuracy']:.1f} ({', '.join(f'{100 * a:.1f}' for a in row['accuracies'])})",
         "" if below is None else f"{100 * (0.0 - below):+.1f}",
         f"{100 * row['above_probe']:+.1f}",
-        _VERDICTS[row["met"]] if row.get("judged", True) else "shown",
+        _VERDICTS[row["met"]],
         f"{row['learning_rate']:g}",
         f"{row['peak_bytes'] / _MIB:.0f}",
         *(f"{each / _MIB:.0f}" for each in accounts),
@@ -54,8 +54,8 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"SST-2's dev set, {configuration['model']}, {configuration['steps']} steps of "
         f"{configuration['batch_size']} rows of at most {configuration['max_tokens']} tokens, "
         f"{configuration['rows']} rows; "
-        f"accuracy in %, the mean of {configuration['seeds']} seeds (goals are judged by 3; what a "
-        f"strategy's page advises against is only shown), and points above full "
+        f"accuracy in %, the mean of {configuration['seeds']} seeds (goals are judged by 3), and "
+        f"points above full "
         f"AdamW and above a linear probe on the frozen encoder "
         f"({_probe(summary['probe'])}); bytes at the peak of a step on the longest "
         f"rows, MiB; processor seconds of a run's training on {found['cpu']}."

@@ -76,7 +76,6 @@ def test_every_stack_is_one_with_a_rate_that_held_out_rows_chose() -> None:
         assert group["held_out"][f"{chosen_rate(stack):g}"]["loss"] == best
     assert next(iter(STACKS)) == BASELINE
     assert STACKS[BASELINE] == Stack()
-    assert [name for name, stack in STACKS.items() if not stack.judged] == ["ladder, pooled taps"]
     assert len({sst2.slug(name) for name in STACKS}) == len(STACKS)
 
 
@@ -100,13 +99,6 @@ def test_goals_are_judged_by_means_of_three_seeds() -> None:
     assert outcome(runs({BASELINE: (0.82, 0.82, 0.82)}), probe, {})["met"] is False  # the probe
     assert outcome(runs({BASELINE: (0.86, 0.85)}), probe, {})["met"] is None
     assert outcome(runs({"lisa": (0.86, 0.85, 0.86)}), probe, {})["met"] is None
-
-    shown = outcome(
-        runs({BASELINE: (0.86, 0.85, 0.87), "ladder, pooled taps": (0.82, 0.82, 0.82)}), probe, {}
-    )
-    assert [row["met"] for row in shown["summary"]["rows"]] == [True, None]
-    assert shown["met"] is True
-    assert "shown and not judged: ladder, pooled taps 0.820" in shown["reason"]
 
     record = make_record(
         name="sst2",
