@@ -42,6 +42,7 @@ from memrt.ladder.shape import body_of, narrow_config
 from memrt.profiling.accounts import Account
 from memrt.registry import register
 from memrt.strategy import Attachment, Claim, Phase, Rule, Slot, Strategy
+from memrt.values import check_seed
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -125,8 +126,7 @@ class Ladder(Strategy):
             value = getattr(self, option)
             if value not in known:
                 raise ValueError(f"{option}={value!r}: use one of {', '.join(known)}")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"seed={self.seed!r}: must be a whole number")
+        check_seed(self.seed)
         if not isinstance(self.checkpoint, bool):
             raise ValueError(f"checkpoint={self.checkpoint!r}: must be True or False")
         if self.kept != "exact" and self.taps in FIXED_TAPS:
