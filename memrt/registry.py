@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
@@ -15,7 +16,7 @@ from memrt.spellings import PREFIXES, REFUSED_KEYS, options_of, own_options
 from memrt.strategy import Strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Sequence
 
 __all__ = [
     "ENTRY_POINT_GROUP",
@@ -134,6 +135,11 @@ def _call(text: str) -> ast.Call | ast.Name:
         return node
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         return node
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        raise ValueError(
+            f"strategy {text!r} joins several with '+', as the command line does; give each as an "
+            "element of the list"
+        )
     raise ValueError(
         f"strategy {text!r} is not of the form name or name(option=value, ...), "
         "for example 'galore(rank=128, every=200)'"
@@ -144,8 +150,13 @@ def parse(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
     """One strategy from `"name(option=value)"`, from JSON, or itself."""
     if isinstance(spec, Strategy):
         return spec
-    if not isinstance(spec, str):
+    if isinstance(spec, Mapping):
         return from_json(spec)
+    if not isinstance(spec, str):
+        raise ValueError(
+            f"strategy {spec!r}: must be text such as 'galore(rank=128)', a mapping, or a Strategy "
+            "object"
+        )
     node = _call(spec)
     if isinstance(node, ast.Name):
         return _build(node.id, {})
@@ -153,6 +164,8 @@ def parse(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
         raise ValueError(f"strategy {spec!r}: options need names, as in galore(rank=128)")
     options: dict[str, Any] = {}
     for keyword in node.keywords:
+        if keyword.arg in options:
+            raise ValueError(f"strategy {spec!r}: {keyword.arg!r} is given twice; keep one of them")
         try:
             options[str(keyword.arg)] = ast.literal_eval(keyword.value)
         except ValueError:
@@ -170,6 +183,11 @@ def from_json(value: Mapping[str, Any]) -> Strategy:
         return _build(str(value["name"]), {k: v for k, v in value.items() if k != "name"})
     if len(value) == 1:
         ((name, options),) = value.items()
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(
+                f"strategy {dict(value)!r}: its options must be a mapping, such as "
+                "{'galore': {'rank': 128}}"
+            )
         return _build(str(name), dict(options or {}))
     raise ValueError(f"strategy {dict(value)!r} has no 'name'")
 
@@ -178,6 +196,11 @@ def parse_all(specs: Iterable[str | Strategy | Mapping[str, Any]]) -> list[Strat
     """A stack of strategies in phase order; the same strategy twice is refused."""
     if isinstance(specs, str):
         raise ValueError(f"strategies must be a list, got the string {specs!r}; write [{specs!r}]")
+    if isinstance(specs, (Mapping, Strategy)):  # a mapping's values would be lost
+        shown = repr(dict(specs) if isinstance(specs, Mapping) else str(specs))
+        raise ValueError(f"strategies must be a list, got {shown}; write [{shown}]")
+    if not isinstance(specs, Iterable):
+        raise ValueError(f"strategies={specs!r}: must be a list, such as ['lisa', 'int8_states']")
     strategies = [parse(spec) for spec in specs]
     seen: set[str] = set()
     for strategy in strategies:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
@@ -72,6 +72,25 @@ def test_a_stack_is_a_list_in_phase_order_without_repeats() -> None:
         registry.parse_all(["lisa", "lisa(layers=3)"])
     with pytest.raises(ValueError, match="must be a list"):
         registry.parse_all("lisa")
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ({"galore": {"rank": 4}}, r"must be a list, got .*; write \[\{'galore': \{'rank': 4\}\}\]"),
+        (registry.parse("lisa"), r"must be a list, got 'lisa'; write \['lisa'\]"),
+        (None, "strategies=None: must be a list"),
+        ([3], "strategy 3: must be text such as"),
+        ([None], "strategy None: must be text such as"),
+        ([{"galore": 64}], r"strategy \{'galore': 64\}: its options must be a mapping"),
+        (["galore(rank=4, rank=5)"], "'rank' is given twice"),
+        (["galore(rank=4)+int8_states"], "joins several with '\\+'.*an element of the list"),
+    ],
+    ids=str,
+)
+def test_what_is_no_list_of_strategies_is_refused(specs: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        registry.parse_all(specs)
 
 
 def test_third_parties_register_by_decorator_and_entry_point(
