@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from memrt import registry
@@ -21,12 +22,10 @@ from memrt.structure import RunSettings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    import torch
-
     from memrt.profiling.ledger import Ledger
     from memrt.strategy import Strategy
 
-__all__ = ["prepare"]
+__all__ = ["prepare", "refuse_unused_rounding"]
 
 
 def prepare(
@@ -55,6 +54,7 @@ def prepare(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model={model!r}: must be an nn.Module; memrt.load makes one")
+    _check_objects(stochastic_rounding, optimizer, probe_batches)
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     given["stochastic_rounding"] = stochastic_rounding
     named = [f"{name}={value}" for name, value in given.items() if value is not None]
@@ -66,7 +66,7 @@ def prepare(
     decay = 0.0 if weight_decay is None else weight_decay
     settings = RunSettings(
         learning_rate=1e-3 if lr is None else lr,
-        betas=betas or (0.9, 0.999),
+        betas=(0.9, 0.999) if betas is None else betas,
         epsilon=1e-8 if eps is None else eps,
         weight_decay=decay,
         max_grad_norm=max_grad_norm,
@@ -83,7 +83,8 @@ def prepare(
         probe_batches=probe_batches,
     )
     try:
-        _refuse_idle_rounding(run, stochastic_rounding)
+        if stochastic_rounding is not None:
+            refuse_unused_rounding(run, stochastic_rounding)
         run.adopt_optimizer(_optimizer(run, optimizer, decay))
     except BaseException:
         run.detach()
@@ -91,11 +92,32 @@ def prepare(
     return run
 
 
-def _refuse_idle_rounding(run: Session, stochastic_rounding: bool | None) -> None:
-    if stochastic_rounding is not None and not run.rules():
+def refuse_unused_rounding(run: Session, stochastic_rounding: bool) -> None:
+    """Refuse a wish about rounding where torch's AdamW steps, and where nothing is rounded."""
+    why = None
+    if not run.rules():
+        why = "no strategy brings a part of the optimizer, and torch's AdamW rounds to the nearest"
+    elif not any(p.dtype is torch.bfloat16 and p.requires_grad for p in run.model.parameters()):
+        why = "no parameter that trains is bf16"
+    if why is not None:
         raise ValueError(
-            f"stochastic_rounding={stochastic_rounding} has no effect: no strategy brings a part "
-            "of the optimizer, and torch's AdamW rounds to the nearest; leave it out"
+            f"stochastic_rounding={stochastic_rounding} has no effect: {why}; leave it out"
+        )
+
+
+def _check_objects(stochastic_rounding: Any, optimizer: Any, probe_batches: Any) -> None:
+    """What would be heeded in another way, or fail in the middle of a run."""
+    if stochastic_rounding is not None and not isinstance(stochastic_rounding, bool):
+        raise ValueError(f"stochastic_rounding={stochastic_rounding!r}: must be True or False")
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            f"optimizer={optimizer!r}: must be a torch.optim.Optimizer over the model's "
+            "parameters; leave it out for AdamW"
+        )
+    if probe_batches is not None and not callable(probe_batches):
+        raise ValueError(
+            f"probe_batches={type(probe_batches).__name__}: must be a function that is given a "
+            "number and returns as many batches"
         )
 
 

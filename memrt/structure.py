@@ -8,6 +8,7 @@ module types. What structure cannot tell is *data*: a row of `FAMILIES`, keyed b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -173,14 +174,20 @@ class RunSettings:
         _check_betas(self.betas)
         object.__setattr__(self, "betas", tuple(self.betas))
         check_seed(self.seed)
-        if not self.learning_rate >= 0:
+        if not 0 <= self.learning_rate < math.inf:
             raise ValueError(f"lr={self.learning_rate!r}: the learning rate must be 0 or more")
-        if not self.epsilon > 0:
+        if not 0 < self.epsilon < math.inf:
             raise ValueError(f"eps={self.epsilon!r}: must be above 0")
-        if not self.weight_decay >= 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay={self.weight_decay!r}: must be 0 or more")
         if not self.max_grad_norm >= 0:
             raise ValueError(f"max_grad_norm={self.max_grad_norm!r}: must be 0 (off) or more")
+        steps: Any = self.accumulation_steps
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ValueError(
+                f"accumulation_steps={steps!r}: must be a whole number, 0 where the loop decides "
+                "window by window"
+            )
 
 
 _NUMBERS: Mapping[str, tuple[str, float]] = {

@@ -23,6 +23,7 @@ from memrt.checkpoint import recover
 from memrt.errors import ConflictError, NonFiniteLossError
 from memrt.evaluation import EvaluationMixin
 from memrt.memory_report import MemoryReport, ReportMixin
+from memrt.plain_loop import refuse_unused_rounding
 from memrt.session import Session
 from memrt.structure import RunSettings
 from memrt.translation import join, with_own_optimizer
@@ -125,10 +126,14 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
             ledger=None if report is None else report.ledger,
             probe_batches=None if self._probe_dataset is None else self._probe_batches,
         )
-        if session.rules() and settings.optimizer != "adamw":
-            problem = _optimizer_conflict(settings.optimizer, session)
+        try:
+            if session.rules() and settings.optimizer != "adamw":
+                raise _optimizer_conflict(settings.optimizer, session)
+            if not settings.stochastic_rounding:
+                refuse_unused_rounding(session, settings.stochastic_rounding)
+        except BaseException:
             session.detach()
-            raise problem
+            raise
         if self._report is not None:
             self._report.close()  # it watches a model that is gone
         self.session, self._report = session, report

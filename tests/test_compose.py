@@ -134,6 +134,15 @@ def test_bad_run_settings_are_refused(option: str, value: object) -> None:
         ),
         ({"max_grad_norm": None}, r"max_grad_norm=None: must be a number"),
         ({"seed": "a"}, r"seed='a': must be a whole number"),
+        ({"betas": ()}, r"betas=\(\): both must lie in"),
+        ({"lr": float("inf")}, r"lr=inf: the learning rate must"),
+        ({"eps": float("inf")}, r"eps=inf: must be above 0"),
+        ({"weight_decay": float("inf")}, r"weight_decay=inf: must be"),
+        ({"accumulation_steps": "4"}, r"accumulation_steps='4': must be a whole number"),
+        ({"accumulation_steps": -1}, r"accumulation_steps=-1: must be a whole number"),
+        ({"stochastic_rounding": "no"}, r"stochastic_rounding='no': must be True or False"),
+        ({"optimizer": "adam"}, r"optimizer='adam': must be a torch\.optim\.Optimizer"),
+        ({"probe_batches": []}, r"probe_batches=list: must be a function"),
     ],
 )
 @pytest.mark.parametrize("stack", [[], ["int8_states"]], ids=str)

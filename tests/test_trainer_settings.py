@@ -13,6 +13,7 @@ import memrt
 from memrt import MemoryMixin
 from memrt.errors import ConflictError
 from memrt.structure import RunSettings
+from tests.contract import SPECS
 from tests.trainer_runs import (
     model_of,
     run,
@@ -152,3 +153,22 @@ def test_decay_groups_are_those_of_transformers(tmp_path: Path) -> None:
 def test_a_mixin_in_the_wrong_place_is_refused() -> None:
     with pytest.raises(TypeError, match="must come before"):
         type("Wrong", (transformers.Trainer, MemoryMixin), {})
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        (SPECS["ladder"], "no strategy brings a part of the optimizer"),
+        ("peft(method='lora')", "no strategy brings a part of the optimizer"),
+        ("int8_states", "no parameter that trains is bf16"),
+    ],
+)
+def test_rounding_that_nothing_heeds_is_refused_and_leaves_the_model(
+    spec: str, why: str, tmp_path: Path
+) -> None:
+    model = model_of("llama")
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=rf"stochastic_rounding=False has no effect: {why}"):
+        trainer_of(tmp_path, model=model, strategies=[spec], stochastic_rounding=False)
+    assert list(model.state_dict()) == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
