@@ -8,6 +8,8 @@ in YAML a list of strings or of mappings (`- lisa: {layers: 2}`). An `optim` tha
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +19,31 @@ from memrt import registry
 from memrt.gpus import check_budget
 from memrt.strategy import Phase
 from memrt.translation import TORCH_ADAMW, from_optim, join, tell_optim
+from memrt.values import is_number
 
 if TYPE_CHECKING:
     from memrt.strategy import Strategy
 
-__all__ = ["TrainingArguments"]
+__all__ = ["RANGES", "TrainingArguments"]
+
+_AT_LEAST_1 = "must be at least 1"
+_SHARE = "must be a number from 0 and below 1"
+
+RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "per_device_train_batch_size": (lambda size: size >= 1, _AT_LEAST_1),
+    "per_device_eval_batch_size": (lambda size: size >= 1, _AT_LEAST_1),
+    "gradient_accumulation_steps": (lambda steps: steps >= 1, _AT_LEAST_1),
+    "learning_rate": (lambda rate: 0 <= rate < math.inf, "must be a number from 0"),
+    "weight_decay": (lambda decay: 0 <= decay < math.inf, "must be a number from 0"),
+    "adam_beta1": (lambda beta: 0 <= beta < 1, _SHARE),
+    "adam_beta2": (lambda beta: 0 <= beta < 1, _SHARE),
+    "seed": (
+        lambda seed: isinstance(seed, int) and 0 <= seed < 2**32,
+        "must be a whole number from 0 to 4294967295",
+    ),
+    "adam_epsilon": (lambda epsilon: 0 <= epsilon < math.inf, "must be a number from 0"),
+}
+"""Numbers that transformers takes as they are, or refuses late and by another name."""
 
 
 def _decoded(spec: Any) -> Any:
@@ -80,6 +102,11 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         specs = [] if self.strategies is None else self.strategies
         if isinstance(specs, str):
             raise ValueError(f"strategies={specs!r}: must be a list; write [{specs!r}]")
+        if not isinstance(specs, (list, tuple)):
+            raise ValueError(
+                f"strategies={specs!r}: must be a list, such as ['lisa', 'int8_states']"
+            )
+        self._check_ranges()
         for name in ("memory_report", "stop_on_nonfinite", "stochastic_rounding"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False")
@@ -94,6 +121,12 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         # strings, so that the arguments go to JSON, to a logger and through dataclasses.replace
         self.strategies = [str(strategy) for strategy in parsed]
         super().__post_init__()
+
+    def _check_ranges(self) -> None:
+        for name, (holds, rule) in RANGES.items():
+            value = getattr(self, name)
+            if not is_number(value) or not holds(value):
+                raise ValueError(f"{name}={value!r}: {rule}")
 
     def _with_optim(self, listed: list[Strategy]) -> list[Strategy]:
         """The strategies that `optim` names too, such as galore_adamw; it is torch's AdamW then."""

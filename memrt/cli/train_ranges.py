@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from memrt.arguments import RANGES
 from memrt.gpus import Gpu
 
 if TYPE_CHECKING:
@@ -12,20 +13,15 @@ if TYPE_CHECKING:
 
 __all__ = ["require_ranges"]
 
-_AT_LEAST_1 = "must be at least 1"
-
 _RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "training.max_steps": (
         lambda steps: steps == -1 or steps >= 1,
-        f"{_AT_LEAST_1}, or -1 for as many as training.num_train_epochs are",
+        "must be at least 1, or -1 for as many as training.num_train_epochs are",
     ),
     "training.num_train_epochs": (lambda epochs: 0 < epochs < math.inf, "must be above 0"),
-    "training.per_device_train_batch_size": (lambda size: size >= 1, _AT_LEAST_1),
-    "training.per_device_eval_batch_size": (lambda size: size >= 1, _AT_LEAST_1),
-    "training.gradient_accumulation_steps": (lambda steps: steps >= 1, _AT_LEAST_1),
-    "training.learning_rate": (lambda rate: 0 <= rate < math.inf, "must be a number from 0"),
+    **{f"training.{name}": rule for name, rule in RANGES.items()},
 }
-"""Those that transformers takes as they are, or refuses late and by another name."""
+"""Those of the arguments, and what transformers understands in a way that nobody means."""
 
 
 def require_ranges(values: Mapping[str, Any], *, typed: Mapping[str, str]) -> None:
