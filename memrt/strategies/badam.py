@@ -3,16 +3,18 @@
 The blocks are the D repeated layers and, if asked for, the embeddings and the head. Every `every`
 optimizer steps the next block trains and everything else is frozen: in a new random order in every
 round through the blocks, from the input up, or from the output down. What is in no block is never
-trained. Gradients and optimizer state exist for one block of B parameters: AdamW's state is 8 B
-bytes and never more (freed at a switch, so that moments and bias correction begin anew; with
-`parked` they wait there for the block's next turn). Below the block no gradient is computed: on
-average the backward pass is half as long. Luo et al. 2024, arXiv 2404.02827 (NeurIPS 2024), whose
-fp32 copy of the active block is not made: bf16 weights have fp32 moments and are rounded
-stochastically, so that small updates count in the mean.
+trained, but a head that begins at random numbers, as a classifier's does, should train in every
+step (`head="always"`, as the authors advise). Gradients and optimizer state exist for one block of
+B parameters, and such a head: AdamW's state is 8 B bytes and never more (freed at a switch, so that
+moments and bias correction begin anew; with `parked` they wait there for the block's next turn).
+Below the block no gradient is computed: on average the backward pass is half as long. Luo et al.
+2024, arXiv 2404.02827 (NeurIPS 2024), whose fp32 copy of the active block is not made: bf16 weights
+have fp32 moments and are rounded stochastically, so that small updates count in the mean.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Badam"]
 
+logger = logging.getLogger(__name__)
+
 ORDERS = ("random", "ascending", "descending")
 
 
@@ -45,7 +49,8 @@ class Badam(Strategy):
     every: optimizer steps of a block's turn (the paper advises 50 to 100).
     order: of the blocks: "random" (another permutation each round), "ascending", "descending".
     embeddings: whether what lies before the layers makes a block of its own.
-    head: whether what lies after the layers (final norm, head) makes a block of its own.
+    head: whether what lies after the layers (final norm, head) makes a block of its own, or, with
+        "always", trains in every turn and keeps its state.
     parked: where the optimizer state of a block that leaves goes: "no" (freed), "host", "disk".
     seed: of the random order, which is a function of it and the round alone.
     """
@@ -58,7 +63,7 @@ class Badam(Strategy):
     every: int = 50
     order: str = "random"
     embeddings: bool = False
-    head: bool = False
+    head: bool | str = False
     parked: str = "no"
     seed: int = 42
 
@@ -66,9 +71,10 @@ class Badam(Strategy):
         check_rotation(every=self.every, parked=self.parked)
         if self.order not in ORDERS:
             raise ValueError(f"order={self.order!r}: use one of {', '.join(ORDERS)}")
-        for option in ("embeddings", "head"):
-            if not isinstance(getattr(self, option), bool):
-                raise ValueError(f"{option}={getattr(self, option)!r}: must be True or False")
+        if not isinstance(self.embeddings, bool):
+            raise ValueError(f"embeddings={self.embeddings!r}: must be True or False")
+        if not (isinstance(self.head, bool) or self.head == "always"):
+            raise ValueError(f"head={self.head!r}: must be True, False or 'always'")
         check_seed(self.seed)
 
     @property
@@ -90,8 +96,8 @@ class Badam(Strategy):
             raise ValueError("embeddings=True: nothing before the layers is trainable; leave it")
         if self.head and not after:
             raise ValueError(
-                "head=True: nothing after the layers is trainable; leave it (a head that is tied "
-                "to the embeddings trains with them, embeddings=True)"
+                f"head={self.head!r}: nothing after the layers is trainable; leave it (a head that "
+                "is tied to the embeddings trains with them, embeddings=True)"
             )
 
     def claims(self, facts: Facts) -> list[Claim]:
@@ -105,13 +111,24 @@ class Badam(Strategy):
         return [
             *([before] if self.embeddings else []),
             *layers.values(),
-            *([after] if self.head else []),
+            *([after] if self.head is True else []),
         ]
 
     def attach(self, run: Session) -> Attachment:
         """The optimizer is built over all parameters; the first block is chosen before step 0."""
+        _, after = _outside(run.facts)
+        if after and not self.head and run.facts.structure.head is None:
+            logger.warning(
+                "badam: %s, ... stay as they are; a new head should train: badam(head='always')",
+                after[0],
+            )
         return _Turns(
-            self, run, blocks=self.blocks(run.facts), every=self.every, parked=self.parked
+            self,
+            run,
+            blocks=self.blocks(run.facts),
+            every=self.every,
+            parked=self.parked,
+            always=after if self.head == "always" else None,
         )
 
 

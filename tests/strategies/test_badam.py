@@ -8,10 +8,12 @@ import random
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 import memrt
 from memrt.errors import ConflictError
 from memrt.runner import model_loss
+from memrt.testing import tiny_config
 from tests.strategies.active_runs import (
     LAYERS,
     active_of,
@@ -89,6 +91,38 @@ def test_embeddings_and_head_are_blocks_of_their_own(
     assert set().union(*found) == {name for name, _ in model.named_parameters()}
 
 
+def test_a_head_can_train_in_every_turn() -> None:
+    """The reference: one AdamW for each block, made anew at its turn, and one for the head."""
+    model, plain = model_of("plain"), model_of("plain")
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    run = memrt.prepare(model, ["badam(every=2, order='descending', head='always')"], **options)
+    head = torch.optim.AdamW(plain.head.parameters(), fused=True, **options)
+    for step in steps_of(run, "plain", count=12):
+        names = names_of(plain, "plain", active_of(run, "badam"))
+        assert trainable(model) == {*names, "head.weight", "head.bias"}
+        if step % 2 == 0:
+            parameters = [p for name, p in plain.named_parameters() if name in names]
+            block = torch.optim.AdamW(parameters, fused=True, **options)
+        torch.manual_seed(500 + step)
+        model_loss(plain, batch_of("plain", seed=10 * step)).backward()
+        block.step()
+        head.step()
+        plain.zero_grad()
+        assert_equal(weights(model), weights(plain))
+        assert run.optimizer is not None
+        assert state_bytes(run.optimizer) == ideal_bytes(model, trainable(model))
+
+
+def test_a_new_head_that_stays_as_it_is_gets_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    config = tiny_config("bert")
+    for spec, warned in [("badam", True), ("badam(head='always')", False), ("badam(head=True)", 0)]:
+        caplog.clear()
+        memrt.prepare(AutoModelForSequenceClassification.from_config(config), [spec])
+        assert ("a new head should train: badam(head='always')" in caplog.text) == warned
+    memrt.prepare(model_of("llama"), ["badam"])  # its head was trained with it
+    assert not caplog.text
+
+
 # ---------------------------------------------------------------- updates
 
 
@@ -142,9 +176,9 @@ def test_a_block_begins_anew_or_goes_on_where_it_was(parked: str) -> None:
     assert counts == ({2} if parked == "no" else {2 * len(range(1, 20, 8))})
 
 
-@pytest.mark.parametrize("parked", ["no", "disk"])
-def test_resume_in_the_middle_of_a_turn(parked: str) -> None:
-    spec = f"badam(every=4, parked={parked!r}, head=True)"
+@pytest.mark.parametrize(("parked", "head"), [("no", True), ("disk", True), ("host", "always")])
+def test_resume_in_the_middle_of_a_turn(parked: str, head: bool | str) -> None:
+    spec = f"badam(every=4, parked={parked!r}, head={head!r})"
     whole = memrt.prepare(model_of("gpt2"), [spec], lr=1e-2, weight_decay=0.1)
     train(whole, "gpt2", count=26)
     stopped = memrt.prepare(model_of("gpt2"), [spec], lr=1e-2, weight_decay=0.1)
@@ -187,7 +221,8 @@ def test_blocks_without_parameters_are_refused() -> None:
     [
         ("badam(every=0)", r"every=0: must be"),
         ("badam(order='up')", r"order='up': use one of random, ascending, descending"),
-        ("badam(head=1)", r"head=1: must be True or False"),
+        ("badam(head=1)", r"head=1: must be True, False or 'always'"),
+        ("badam(head='on')", r"head='on': must be True, False or 'always'"),
         ("badam(parked='cpu')", r"parked='cpu': use one of no, host, disk"),
         ("badam(seed=None)", r"seed=None: must be a whole number"),
         ("badam(seed=[1])", r"seed=\[1\]: must be a whole number"),
