@@ -23,10 +23,12 @@ __all__ = [
     "CHILD",
     "climbing",
     "final_norm",
+    "holders",
     "joining",
     "modules_before_the_join",
     "resting",
     "rotary_modules",
+    "still",
     "task_head",
     "turn",
     "turning",
@@ -49,6 +51,23 @@ class _Resting:
 def resting(kind: _Kind) -> type[nn.Module]:
     """A class that stays in evaluation mode."""
     return subclass_of(kind, _Resting)
+
+
+class _Still:
+    """Is in evaluation mode itself, its children in theirs."""
+
+    training: bool
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)  # type: ignore[misc]
+        self.training = False
+        return self
+
+
+@cache
+def still(kind: _Kind) -> type[nn.Module]:
+    """A class that by its own forward drops out no channel and skips no block."""
+    return subclass_of(kind, _Still)
 
 
 @cache
@@ -175,11 +194,27 @@ def final_norm(model: nn.Module, stack: LayerStack) -> str | None:
             name = _child(parent, child_name)
             if name == inside:
                 behind = True
-            elif behind and "norm" in type(child).__name__.lower():
+            elif behind and _is_norm(child_name, child):
                 return name
         if hasattr(module, "config") and hasattr(module, "base_model_prefix"):
             return None  # the body ends here
     return None
+
+
+def _is_norm(name: str, module: nn.Module) -> bool:
+    """Not the norm of the embeddings, which BART and others register behind the blocks."""
+    of_embeddings = "embedding" in name or name.endswith("_emb")
+    return "norm" in type(module).__name__.lower() and not of_embeddings
+
+
+def holders(model: nn.Module, stack: LayerStack, body: str) -> list[str]:
+    """The modules whose own forward goes through a stack: its body and what lies between.
+
+    They drop out by functions, of embeddings (BART) or whole blocks (`layerdrop`). Not the model,
+    whose mode says whether it trains.
+    """
+    inside = [name for name in _path(stack.name)[:-1] if name]
+    return [name for name in inside if not body or f"{name}.".startswith(f"{body}.")]
 
 
 def rotary_modules(body: nn.Module, inside: set[int]) -> list[str]:

@@ -14,10 +14,12 @@ from memrt.ladder.attach import (
     CHILD,
     climbing,
     final_norm,
+    holders,
     joining,
     modules_before_the_join,
     resting,
     rotary_modules,
+    still,
     turn,
     turning,
 )
@@ -115,7 +117,21 @@ def build_ladder(run: Session, settings: Settings) -> list[nn.Module]:
         quiet.append(module)
     for module in quiet:
         module.train(model.training)
-    return quiet
+    return [*(part for module in quiet for part in module.modules()), *_hold(run)]
+
+
+def _hold(run: Session) -> list[nn.Module]:
+    """Keep what goes through the blocks from dropping out by itself; returns those modules."""
+    found = []
+    for stack in run.facts.structure.stacks:
+        body = body_of(run.model, stack)
+        for name in [] if body is None else holders(run.model, stack, body):
+            module = run.model.get_submodule(name)
+            kind: Any = type(module)
+            run.recast(name, still(kind))
+            module.training = False
+            found.append(module)
+    return found
 
 
 def _kept(run: Session, settings: Settings) -> _Kept | None:
@@ -287,8 +303,9 @@ def _fill(
                 # the side adds its heads' part of the backbone's bias
                 vars(module)["has_relative_attention_bias"] = False
                 del module.relative_attention_bias
-            if hasattr(module, "layer_idx"):  # its place in the key-value cache
-                vars(module)["layer_idx"] = len(stack.layers) + position
+            for place in ("layer_idx", "layer_id"):  # in the key-value cache
+                if hasattr(module, place):
+                    vars(module)[place] = len(stack.layers) + position
         heads = None
         if kept is not None:
             with torch.no_grad():

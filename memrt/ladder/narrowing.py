@@ -33,7 +33,7 @@ class Narrowing(Protocol):
         """A weight or bias with this axis of hidden channels made narrow."""
 
     def of_norm(self, norm: nn.Module, leaf: str) -> Tensor:
-        """The weight or bias of the side's norm for a norm over hidden channels."""
+        """The weight or bias of the side's norm for a norm, or a scale, over hidden channels."""
 
     def matrix(self, hidden: int) -> Tensor:
         """[hidden, side]: what a hidden state is multiplied with."""
@@ -84,11 +84,13 @@ class Projection:
         return tensor.float() @ basis
 
     def of_norm(self, norm: nn.Module, leaf: str) -> Tensor:
-        """The diagonal of Uᵀ diag(γ) U, lengthened; of a bias Uᵀ β."""
+        """The diagonal of Uᵀ diag(γ) U, lengthened unless it only scales; of a bias Uᵀ β."""
         vector = norm.get_parameter(leaf).detach()
         if leaf == "bias":
             return self.along(vector, 0)
         basis = self.basis.to(vector.device)
+        if "norm" not in type(norm).__name__.lower():  # of DINOv2, on what a branch gives
+            return basis.square().t() @ vector.float()
         unit = _unit(norm)
         hidden, side = basis.shape
         gain = (self.energy.to(vector.device) * (hidden / side)).sqrt()

@@ -59,6 +59,10 @@ STARTS = ("exact", "lst", "qst")
 INITS = ("auto", "magnitude", "fisher", "principal", "random")
 ON_DATA = ("fisher", "principal")
 HEADS = ("auto", "frozen", "trained")
+# of DeBERTa, Gemma 3n, Zamba and Mllama
+WIDE_ARGUMENTS = frozenset(
+    {"rel_embeddings", "per_layer_input", "original_hidden_states", "cross_attention_states"}
+)
 
 
 @register
@@ -210,7 +214,7 @@ class Ladder(Strategy):
             if getattr(config, "num_attention_heads", None) is None:
                 raise ValueError(f"{stack.name} has no attention heads that could be fewer")
             narrow_config(config, self.reduction)  # refuses what it cannot divide
-            _refuse_biases(stack, config)
+            _refuse_arguments(stack, config)
 
     def claims(self, facts: Facts) -> list[Claim]:
         """What trains, and the recomputation of the backbone's blocks, which have no backward."""
@@ -234,9 +238,17 @@ class Ladder(Strategy):
         return _Ladder(self, run)
 
 
-def _refuse_biases(stack: LayerStack, config: Any) -> None:
-    """Position biases that a block is given, and does not hand on as T5's do, are by head."""
+def _refuse_arguments(stack: LayerStack, config: Any) -> None:
+    """What a block is given beside the hidden state must not be as wide as the backbone.
+
+    Position biases that it does not hand on, as T5's do, are by head.
+    """
     given = inspect.signature(stack.layers[0].forward).parameters
+    for name in sorted(WIDE_ARGUMENTS & given.keys()):
+        raise ValueError(
+            f"the blocks of {stack.name} are given {name} of the model's own width, of which the "
+            "side network's blocks can make nothing; use a model without"
+        )
     alibi = "alibi" in given and getattr(config, "alibi", True)
     if alibi or ("position_bias" in given and "encoder_decoder_position_bias" not in given):
         raise ValueError(
@@ -266,7 +278,7 @@ class _Ladder(Attachment):
         self._mode = run.model.training
         before = {module: module.training for module in run.model.modules()}
         resting = build_ladder(run, settings)
-        self._modes = {m: before[m] for each in resting for m in each.modules() if m in before}
+        self._modes = {module: before[module] for module in resting if module in before}
 
     def rules(self) -> list[Rule]:
         """fp32 moments for a side network of bf16 or fp16."""

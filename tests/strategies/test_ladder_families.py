@@ -1,0 +1,176 @@
+"""A ladder beside models that register, drop out or cache what they do in their own way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import memrt
+from memrt.errors import ConflictError
+from memrt.ladder.attach import CHILD, final_norm
+from memrt.runner import model_loss
+from memrt.structure import discover
+from memrt.testing import tiny_batches
+
+SIZES: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+STACKS: dict[str, Any] = {
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "vocab_size": 99,
+}
+
+
+def bart(**values: Any) -> nn.Module:
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(**STACKS, **values))
+
+
+def whisper() -> nn.Module:
+    config = transformers.WhisperConfig(
+        **STACKS,
+        num_mel_bins=8,
+        max_source_positions=8,
+        dropout=0.3,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    return transformers.WhisperForConditionalGeneration(config)
+
+
+def gpt_neo() -> nn.Module:
+    config = transformers.GPTNeoConfig(
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=99,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=64,
+    )
+    return transformers.GPTNeoForCausalLM(config)
+
+
+def dinov2() -> nn.Module:
+    config = transformers.Dinov2Config(**SIZES, image_size=16, patch_size=8, drop_path_rate=0.5)
+    return transformers.Dinov2ForImageClassification(config)
+
+
+def opt(**values: Any) -> nn.Module:
+    config = transformers.OPTConfig(
+        **SIZES, ffn_dim=64, vocab_size=99, max_position_embeddings=64, **values
+    )
+    return transformers.OPTForCausalLM(config)
+
+
+MODELS: dict[str, Any] = {
+    "bart": lambda: bart(dropout=0.3, attention_dropout=0.3, activation_dropout=0.3),
+    "bart, layers dropped": lambda: bart(encoder_layerdrop=0.5, decoder_layerdrop=0.5),
+    "whisper": whisper,
+    "opt, layers dropped": lambda: opt(layerdrop=0.5),
+    "gpt_neo": gpt_neo,
+    "dinov2": dinov2,
+}
+
+
+def built(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model: nn.Module = MODELS[name]().train()
+    if name == "whisper":
+        labels = torch.arange(3, 17).view(2, 7)
+        return model, {"input_features": torch.randn(2, 8, 16), "labels": labels}
+    return model, tiny_batches("vit" if name == "dinov2" else "llama")[0]
+
+
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(**batch).logits
+    return result
+
+
+@pytest.mark.parametrize("taps", ["linear", "pooled"])
+@pytest.mark.parametrize("name", MODELS)
+def test_it_starts_as_the_backbone_trains_and_leaves_it_so(name: str, taps: str) -> None:
+    """In training, whatever the model's own forwards drop out; with a cache where one is made."""
+    model, batch = built(name)
+    expected = logits(model.eval(), batch)
+    modes = {module: module.training for module in model.train().modules()}
+    session = memrt.prepare(model, [f"ladder(reduction=2, taps='{taps}')"], lr=1e-2)
+    assert all(torch.equal(logits(model, batch), expected) for _ in range(3))
+    losses = []
+    for _ in range(6):
+        losses.append(float(session.train_micro_batch(lambda: model_loss(model, batch))))
+        session.step()
+    assert losses[-1] < losses[0]
+    missed = [n for n, p in model.named_parameters() if CHILD in n and not p.requires_grad]
+    assert not missed
+    head = session.strategies[0].trained_head(session.facts)  # type: ignore[attr-defined]
+    session.detach()
+    assert {module: module.training for module in model.modules()} == modes
+    if not head:
+        assert torch.equal(logits(model.eval(), batch), expected)
+
+
+@pytest.mark.parametrize("name", ["bart", "opt, layers dropped"])
+def test_the_model_itself_still_says_whether_it_trains(name: str) -> None:
+    model, _ = built(name)
+    memrt.prepare(model, ["ladder(reduction=2)"])
+    assert model.training
+    assert not model.eval().training
+    assert model.train().training
+
+
+def test_a_norm_of_the_embeddings_is_no_final_norm() -> None:
+    """BART and mBART register it behind the blocks; mBART has a final norm too."""
+    models: list[nn.Module] = [
+        bart(),
+        transformers.MBartForConditionalGeneration(transformers.MBartConfig(**STACKS)),
+    ]
+    found = [[final_norm(m, stack) for stack in discover(m).stacks] for m in models]
+    assert found == [
+        [None, None],
+        ["model.encoder.layer_norm", "model.decoder.layer_norm"],
+    ]
+
+
+@pytest.mark.parametrize("name", ["bart", "gpt_neo"])
+def test_generation_is_that_of_the_whole_forward(name: str) -> None:
+    model, batch = built(name)
+    session = memrt.prepare(model, ["ladder(reduction=2)"], lr=3e-2)
+    for _ in range(4):
+        session.train_micro_batch(lambda: model_loss(model, batch))
+        session.step()
+    model.eval()
+    made = [
+        model.generate(  # type: ignore[operator]
+            input_ids=batch["input_ids"][:, :6],
+            min_new_tokens=8,
+            max_new_tokens=8,
+            do_sample=False,
+            use_cache=use_cache,
+            eos_token_id=98,
+            pad_token_id=0,
+        )
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*made)
+    assert made[0].shape[1] > 8
+
+
+def test_blocks_that_are_given_more_of_the_backbone_s_width_are_refused() -> None:
+    config = transformers.DebertaV2Config(
+        **SIZES, intermediate_size=64, vocab_size=99, relative_attention=True
+    )
+    model = transformers.DebertaV2ForMaskedLM(config)
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ConflictError, match="given rel_embeddings of the model's own width"):
+        memrt.prepare(model, ["ladder(reduction=2)"])
+    assert [type(module) for module in model.modules()] == kinds
