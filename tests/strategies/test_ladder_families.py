@@ -29,11 +29,11 @@ STACKS: dict[str, Any] = {
 }
 
 
-def bart(**values: Any) -> nn.Module:
+def bart(**values: Any) -> Any:
     return transformers.BartForConditionalGeneration(transformers.BartConfig(**STACKS, **values))
 
 
-def whisper() -> nn.Module:
+def whisper() -> Any:
     config = transformers.WhisperConfig(
         **STACKS,
         num_mel_bins=8,
@@ -47,7 +47,7 @@ def whisper() -> nn.Module:
     return transformers.WhisperForConditionalGeneration(config)
 
 
-def gpt_neo() -> nn.Module:
+def gpt_neo() -> Any:
     config = transformers.GPTNeoConfig(
         hidden_size=64,
         num_layers=2,
@@ -59,12 +59,12 @@ def gpt_neo() -> nn.Module:
     return transformers.GPTNeoForCausalLM(config)
 
 
-def dinov2() -> nn.Module:
+def dinov2() -> Any:
     config = transformers.Dinov2Config(**SIZES, image_size=16, patch_size=8, drop_path_rate=0.5)
     return transformers.Dinov2ForImageClassification(config)
 
 
-def opt(**values: Any) -> nn.Module:
+def opt(**values: Any) -> Any:
     config = transformers.OPTConfig(
         **SIZES, ffn_dim=64, vocab_size=99, max_position_embeddings=64, **values
     )
