@@ -50,7 +50,8 @@ class RefreshSchedule:
             raise ValueError(f"lazy is {lazy}: give an overlap above 0 and at most 1, or None")
         self.every = every
         self._lazy = lazy
-        self._next_step = offset or every  # after step 0
+        self._first_step = offset or every  # after step 0
+        self._next_step = 0  # before it is asked for the first time
         self._overlaps: list[Tensor] = []
 
     @property
@@ -59,9 +60,16 @@ class RefreshSchedule:
         return self._lazy is not None
 
     def due(self, step: int) -> bool:
-        """Whether step ``step`` >= 0 refreshes; to be asked at every step, in order."""
+        """Whether step ``step`` >= 0 refreshes; to be asked at every step, in order.
+
+        Who asks again, as a run does that resumes in the middle of a step, hears no.
+        """
+        if not self._next_step:
+            self._next_step = self._first_step
+            if step == 0:
+                return True
         if step < self._next_step:
-            return step == 0
+            return False
         if self._rests():
             # this step was the next one of the old interval
             self._next_step += self.every * (_FACTOR - 1)

@@ -68,6 +68,12 @@ def test_the_state_goes_on_in_the_middle() -> None:
         assert found == whole
 
 
+def test_a_step_that_is_asked_for_again_refreshes_once() -> None:
+    schedule = RefreshSchedule(every=4, offset=1)
+    asked = (0, 0, 1, 1, 2, 5, 5)
+    assert [step for step in asked if schedule.due(step)] == [0, 1, 5]
+
+
 def orthonormal(size: int, rank: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(size, rank, generator=generator)).Q
