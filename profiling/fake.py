@@ -16,12 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
     "IntegersForReal",
@@ -46,6 +47,16 @@ _BY_MASK = frozenset({"aten::index", "aten::index_put", "aten::index_put_"})
 
 _INTEGER_FACTORIES = frozenset({"aten::arange", "aten::randint"})
 
+# A decoder that is given no mask makes one of ones, in floats, and reads its values as booleans.
+_CONSTANTS = {"aten::ones": 1, "aten::ones_like": 1, "aten::new_ones": 1, "aten::zeros": 0}
+
+
+class _Constant(NamedTuple):
+    """A fake tensor of one known value, until somebody writes to it."""
+
+    value: int
+    version: int
+
 
 def _is_small_integer(tensor: Tensor) -> bool:
     return tensor.dtype in _REAL_DTYPES and tensor.numel() <= _MAX_REAL_ELEMENTS
@@ -67,6 +78,7 @@ class IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.routing = routing
         self.routed = False
         """Whether a model picked something by value, as a router picks its experts."""
+        self._constants = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
         self,
@@ -87,7 +99,22 @@ class IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return values, _picks(values.shape, args[0].shape[-1], self.routing)
         if func._schema.name == "aten::_grouped_mm" and args[0].dtype != torch.bfloat16:
             return _grouped_mm(*args, **kwargs)
-        return func(*args, **kwargs)
+        if func._schema.name == "aten::_to_copy" and kwargs.get("dtype") in _REAL_DTYPES:
+            return self._cast(func, args[0], kwargs)
+        result = func(*args, **kwargs)
+        if func._schema.name in _CONSTANTS and isinstance(result, FakeTensor):
+            value = _CONSTANTS[func._schema.name]
+            self._constants[result] = _Constant(value, result._version)
+        return result
+
+    def _cast(self, func: Any, tensor: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """A fake tensor as integers or booleans: real ones where its values are known."""
+        known = self._constants.get(tensor)
+        if known is None or known.version != tensor._version or tensor.numel() > _MAX_REAL_ELEMENTS:
+            copied: Tensor = func(tensor, **kwargs)
+            return copied
+        with unset_fake_temporarily():
+            return torch.full(tuple(tensor.shape), known.value, dtype=kwargs["dtype"])
 
     def _runs_for_real(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         tensors = list(_tensors((*args, *kwargs.values())))

@@ -1,0 +1,51 @@
+"""A mask of ones that a model makes in floats: a plan knows its values, as the run does."""
+
+from __future__ import annotations
+
+import torch
+from transformers import BartConfig
+
+from memrt.loading import load
+from memrt.planning import Shape, batches_of, simulate
+from memrt.profiling.fake import fake_tensors, is_fake, real_integers
+from memrt.profiling.ledger import Ledger
+from memrt.runner import copied, start, train_step
+from memrt.structure import RunSettings
+
+
+def test_a_constant_that_is_read_as_booleans_is_real_until_it_is_written_to() -> None:
+    with fake_tensors(), real_integers():
+        ones, zeros = torch.ones(2, 3), torch.zeros(2)
+        assert is_fake(ones)
+        mask = ones.to(torch.bool)
+        assert not is_fake(mask)
+        assert mask.shape == (2, 3)
+        assert mask.all()
+        assert ones.to(torch.int64).sum() == 6
+        assert not zeros.bool().any()
+        ones[0] = 0.0
+        assert is_fake(ones.to(torch.bool))
+        assert is_fake(torch.empty(2).to(torch.bool))
+
+
+def test_a_decoder_that_is_given_no_mask_is_planned_to_the_byte() -> None:
+    """BART makes its decoder's mask of ones in floats, and drops it where all of it is true."""
+    config = BartConfig(
+        vocab_size=99, d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64
+    )
+    config.encoder_attention_heads = config.decoder_attention_heads = 4
+    config.decoder_ffn_dim, config.max_position_embeddings = 64, 32
+    settings = RunSettings(max_grad_norm=1.0)
+    window = batches_of(config, Shape(batch_size=2, sequence_length=16))
+    planned = simulate(lambda: load(config), [], window, settings=settings)
+    model, ledger = load(config, seed=0), Ledger()
+    windows = [copied(window) for _ in range(2)]
+    with ledger:
+        run = start(model, [], settings=settings, ledger=ledger)
+        while windows:
+            train_step(run, windows.pop())
+    ledger.close()
+    counted = ledger.timeline.peak()
+    assert planned.peak.peak_bytes == counted.peak_bytes
+    assert planned.peak.accounts == counted.accounts
+    assert planned.phases() == ledger.timeline.phase_peaks()
