@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from memrt.loading import auto_class, load
+from memrt.profiling.fake import fake_initialisers, fake_tensors, is_fake
 from memrt.profiling.ledger import Ledger
 from memrt.strategy import Strategy
 from tests.tiny_models import CONFIGS, assert_equal_models, tensors
@@ -178,3 +179,11 @@ def test_a_weight_is_placed_after_the_last_module_that_writes_it(registered: Any
 def test_a_value_that_only_the_constructor_knows_is_refused_by_name(registered: Any) -> None:
     with pytest.raises(ValueError, match=r"_Forgetful leaves values to its constructor.*: scale"):
         load(_Config(), task="causal-lm")
+
+
+@pytest.mark.parametrize("registered", [_Forgetful], indirect=True)
+def test_a_plan_asks_for_no_values_and_is_made(registered: Any) -> None:
+    """Such a model is trained from its checkpoint, which has them."""
+    with fake_tensors(), fake_initialisers():
+        model = load(_Config(), task="causal-lm")
+    assert all(is_fake(each) and each.device.type == "cpu" for each in model.state_dict().values())
