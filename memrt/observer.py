@@ -47,6 +47,11 @@ class Observer:
         """Storages born inside are of this phase and optimizer step."""
         return nullcontext() if self.ledger is None else self.ledger.phase(name, step=step)
 
+    def begin_step(self, step: int) -> None:
+        """What runs from now on belongs to this optimizer step, whoever calls its parts."""
+        if self.ledger is not None:
+            self.ledger.begin_step(step)
+
     def micro_batch(self, *, step: int) -> AbstractContextManager[None]:
         """Forward (and backward, which the ledger sees by itself) of one micro-batch."""
         if self.ledger is not None:

@@ -183,6 +183,7 @@ class Session:
         if self._in_step:
             return
         self._in_step = True
+        self._observer.begin_step(self.step_index)
         self.micro_batch_index = 0
         for attachment in self.attachments:
             with self._observer.owned_by(attachment.name):

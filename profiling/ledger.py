@@ -336,6 +336,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._sequence.append(torch._C._autograd._get_sequence_nr())
             self._sequence_modules.append(self._modules[-1])
 
+    def begin_step(self, step: int) -> None:
+        """From now on all belongs to this optimizer step, until the next begins."""
+        self._step = step
+
     def begin_micro_batch(self) -> None:
         """Drop the map from autograd nodes to modules; what is born from now on is its forward."""
         self._sequence.clear()

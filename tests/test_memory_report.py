@@ -49,6 +49,10 @@ def test_the_memory_report_counts_three_steps_and_changes_none(tmp_path: Path) -
     assert 0 < len(report["top_allocations"]) <= 10
     assert report["num_counted_steps"] == 3
     assert report["conditions"]["strategies"] == []
+    steps = [point["step"] for point in report["timeline"]]
+    assert steps == sorted(steps)  # the update and clipping are of their step
+    updates = {point["step"] for point in report["timeline"] if point["phase"] == "step"}
+    assert updates == {0}  # where the state is made; the later ones allocate nothing
 
 
 def test_the_monitor_watches_the_steps_after_the_counted_ones(tmp_path: Path) -> None:
