@@ -20,7 +20,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -193,9 +199,18 @@ def fake_initialisers() -> Iterator[None]:
 
 @contextmanager
 def fake_tensors() -> Iterator[FakeTensorMode]:
-    """Inside, models and optimizers are built and run on fake CPU tensors."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        yield mode
+    """Inside, models and optimizers are built and run on fake CPU tensors.
+
+    `ValueError` where what runs depends on values, which they do not have.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield mode
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"what this model runs depends on values of its tensors ({error.func}), which a plan "
+            "does not have; train it without a plan, or count a few real steps with memrt profile"
+        ) from error
 
 
 def fake_floats(mode: FakeTensorMode, value: Tensor) -> Tensor:

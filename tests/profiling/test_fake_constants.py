@@ -1,7 +1,8 @@
-"""A mask of ones that a model makes in floats: a plan knows its values, as the run does."""
+"""What a plan knows of values: a mask of ones that a model makes in floats, and nothing else."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import BartConfig
 
@@ -26,6 +27,19 @@ def test_a_constant_that_is_read_as_booleans_is_real_until_it_is_written_to() ->
         ones[0] = 0.0
         assert is_fake(ones.to(torch.bool))
         assert is_fake(torch.empty(2).to(torch.bool))
+
+
+def test_what_depends_on_values_is_refused_in_words() -> None:
+    for operator, run in (
+        ("_local_scalar_dense", lambda: torch.rand(2).sum().item()),
+        ("nonzero", lambda: torch.rand(2).nonzero()),
+    ):
+        with (
+            pytest.raises(ValueError, match=rf"depends on values .*{operator}.* memrt profile"),
+            fake_tensors(),
+            real_integers(),
+        ):
+            run()
 
 
 def test_a_decoder_that_is_given_no_mask_is_planned_to_the_byte() -> None:
