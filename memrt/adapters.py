@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from memrt.packed_weights import is_packed, unpack
+from memrt.packed_weights import is_conv1d, is_packed, unpack
 from memrt.profiling.fake import is_fake
 from memrt.structure import discover
 
@@ -291,6 +291,8 @@ def fold_adapters(model: nn.Module) -> None:
         if is_packed(base):
             unpack(base)
             base.weight.requires_grad_(True)
+            if is_conv1d(base):
+                layer.fan_in_fan_out = True  # PEFT saw a linear layer, whose weight is [out, in]
         dtypes = {part: p.dtype for part, p in base.named_parameters(recurse=False)}
         for part, dtype in dtypes.items():
             base._parameters[part].data = base._parameters[part].to(_wide(dtype))
