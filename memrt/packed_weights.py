@@ -38,6 +38,10 @@ __all__ = [
 ]
 
 
+DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What every format can make."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedFormat:
     """How a weight [rows, columns] becomes one uint8 tensor and back.
@@ -66,6 +70,14 @@ class PackedLinear:
         """The weight, in the shape and dtype that it had."""
         form = self.packed_format
         return form.dense(packed, self.dense_shape, self.output_axis, self.dense_dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`to(dtype)` and `half()` say in which dtype the weight is made, as of a dense layer."""
+        result = super()._apply(fn, recurse)  # type: ignore[misc]
+        wanted = fn(torch.empty(0, dtype=self.dense_dtype)).dtype
+        if wanted in DENSE_DTYPES:
+            self.dense_dtype = wanted
+        return result
 
     def forward(self, x: Tensor) -> Tensor:
         """`F.linear` with the dense weight."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from memrt.errors import ConflictError
 from memrt.export import export_checkpoint, export_run
 from memrt.kernels import int8_weights
 from memrt.loading import load
-from memrt.packed_weights import dense_weight, packed_layers
+from memrt.packed_weights import dense_weight, packed_layers, unpack
 from memrt.profiling.ledger import Ledger
 from memrt.runner import model_loss
 from memrt.session import Session
@@ -195,6 +196,28 @@ def test_the_layer_multiplies_with_its_dense_weight(form: str, family: str) -> N
         expected = nn.functional.linear(x, oriented, module.bias)
         assert torch.equal(module(x), expected)
     run.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_packed_layer_follows_its_model_to_another_dtype(form: str, dtype: torch.dtype) -> None:
+    """As a dense one would; the codes stay as they are, in a copy too."""
+    model = load(CONFIGS["llama"](), [form], seed=1)
+    before = [(module.weight.clone(), dense_weight(module)) for _, module in packed_layers(model)]
+    model.double()  # which no format makes
+    copied = copy.deepcopy(model.to(dtype))
+    for other in (model, copied):
+        for (_, module), (codes, dense) in zip(packed_layers(other), before, strict=True):
+            assert torch.equal(module.weight, codes)
+            assert dense_weight(module).dtype is dtype
+            assert torch.equal(dense_weight(module), dense.to(dtype))
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        expected = copied(input_ids=ids).logits
+        for _, module in packed_layers(model):
+            unpack(module)
+        assert torch.equal(model(input_ids=ids).logits, expected)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
 @pytest.mark.parametrize("form", FORMATS)
