@@ -105,12 +105,15 @@ _LF, _HF, _AXOLOTL, _LMFLOW = "LLaMA-Factory", "transformers", "axolotl", "LMFlo
 _SWITCH: dict[Any, Any] = {True: True, False: False, None: False}
 _EITHER = "must be true or false"
 
+
+def _switch(strategy: str, source: str) -> Spelling:
+    return Spelling(strategy=strategy, is_switch=True, values=_SWITCH, why=_EITHER, source=source)
+
+
 KEYS: Mapping[str, Spelling] = MappingProxyType(
     {
         # GaLore, as published: the gradient is formed
-        "use_galore": Spelling(
-            strategy="galore", is_switch=True, values=_SWITCH, why=_EITHER, source=_LF
-        ),
+        "use_galore": _switch("galore", _LF),
         "galore_rank": Spelling(strategy="galore", option="rank", source=_LF),
         "galore_update_interval": Spelling(strategy="galore", option="every", source=_LF),
         "galore_update_proj_gap": Spelling(strategy="galore", option="every", source=_HF),
@@ -160,9 +163,7 @@ KEYS: Mapping[str, Spelling] = MappingProxyType(
             source=_AXOLOTL,
         ),
         # APOLLO
-        "use_apollo": Spelling(
-            strategy="apollo", is_switch=True, values=_SWITCH, why=_EITHER, source=_LF
-        ),
+        "use_apollo": _switch("apollo", _LF),
         "apollo_rank": Spelling(strategy="apollo", option="rank", source=_LF),
         "apollo_update_interval": Spelling(strategy="apollo", option="every", source=_LF),
         "apollo_update_proj_gap": Spelling(strategy="apollo", option="every", source=_HF),
@@ -194,9 +195,7 @@ KEYS: Mapping[str, Spelling] = MappingProxyType(
             strategy="apollo", adds="in_backward", values=_SWITCH, why=_EITHER, source=_LF
         ),
         # LISA
-        "use_lisa": Spelling(
-            strategy="lisa", is_switch=True, values=_SWITCH, why=_EITHER, source=_LMFLOW
-        ),
+        "use_lisa": _switch("lisa", _LMFLOW),
         "lisa_activated_layers": Spelling(strategy="lisa", option="layers", source=_LMFLOW),
         "lisa_n_layers": Spelling(strategy="lisa", option="layers", source=_AXOLOTL),
         "lisa_num_layers": Spelling(strategy="lisa", option="layers", source="Soup"),
@@ -204,9 +203,7 @@ KEYS: Mapping[str, Spelling] = MappingProxyType(
         "lisa_step_interval": Spelling(strategy="lisa", option="every", source=_AXOLOTL),
         "lisa_train_embeddings": Spelling(strategy="lisa", option="embeddings", source="Soup"),
         # BAdam
-        "use_badam": Spelling(
-            strategy="badam", is_switch=True, values=_SWITCH, why=_EITHER, source=_LF
-        ),
+        "use_badam": _switch("badam", _LF),
         "badam_mode": Spelling(
             strategy="badam",
             values={"layer": "layer"},
@@ -229,12 +226,8 @@ KEYS: Mapping[str, Spelling] = MappingProxyType(
             source=_LF,
         ),
         # quantised weights and offloaded activations
-        "load_in_4bit": Spelling(
-            strategy="nf4", is_switch=True, values=_SWITCH, why=_EITHER, source=_HF
-        ),
-        "load_in_8bit": Spelling(
-            strategy="int8", is_switch=True, values=_SWITCH, why=_EITHER, source=_HF
-        ),
+        "load_in_4bit": _switch("nf4", _HF),
+        "load_in_8bit": _switch("int8", _HF),
         "bnb_4bit_quant_type": Spelling(
             strategy="nf4",
             values={"nf4": "nf4"},
@@ -254,6 +247,13 @@ KEYS: Mapping[str, Spelling] = MappingProxyType(
             values={True: "host", "cpu": "host", "disk": "disk", False: False, None: False},
             why="activations wait on the host or on disk",
             source=_AXOLOTL,
+        ),
+        "loss_type": Spelling(
+            strategy="fused_loss",
+            is_switch=True,
+            values={"chunked_nll": True, "nll": False},
+            why="memrt has the model's own loss, whole or in chunks of tokens",
+            source="TRL",
         ),
     }
 )
@@ -279,8 +279,6 @@ REFUSED_KEYS: Mapping[str, str] = MappingProxyType(
         "nvme_offload_fraction": _NO_STREAM,
         "profiler_steps": _STEPS,
         "profiler_steps_start": _STEPS,
-        "loss_type": "for a loss in chunks, which never has all logits, name the strategy "
-        "fused_loss",
     }
 )
 """Names without an equivalent, and what to do."""

@@ -90,6 +90,8 @@ def test_the_table_names_options_that_exist() -> None:
         ({"activation_offloading": True}, ["offload_activations"]),
         ({"training": {"activation_offloading": "disk"}}, ["offload_activations(place='disk')"]),
         ({"activation_offloading": False}, []),
+        ({"loss_type": "chunked_nll"}, ["fused_loss"]),
+        ({"training": {"loss_type": "nll"}}, []),
         ({"memory_strategies": ["lisa", {"galore": {"rank": 8}}]}, ["lisa", "galore(rank=8)"]),
         (
             {"training": {"optim": "galore_adamw", "optim_target_modules": "all-linear"}},
@@ -139,6 +141,7 @@ def test_what_strategies_says_already_is_not_said_twice() -> None:
         ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type='fp4': memrt has the normal"),
         ({"bnb_4bit_compute_dtype": "bfloat16"}, "memrt computes in the dtype"),
         ({"activation_offloading": "legacy"}, "activation_offloading='legacy'.* or 'disk'"),
+        ({"loss_type": "dft"}, "loss_type='dft': .*; use 'chunked_nll' or 'nll'"),
         ({"offload_param": {"device": "cpu"}}, "no strategy that keeps weights off the device"),
         ({"use_galore": "yes"}, "use_galore='yes': must be true or false"),
         ({"galore_rank": 0}, "rank=0: must be a whole number"),
