@@ -17,6 +17,7 @@ import torch
 from memrt import registry
 from memrt.auto import Choice, choose
 from memrt.model_source import TASKS, class_names
+from memrt.planning import facts_of
 from memrt.runner import Batch, model_loss
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def choice_for_trainer(trainer: Any, named: Sequence[Strategy], budget: str) -> 
             f"memory_budget={budget!r} needs a transformers model, not {type(model).__name__}; "
             "choose with memrt.choose(build, window=..., budget=...) and pass strategies"
         )
+    _require_as_configured(model, budget)
     batch = _largest_batch(trainer)
     mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     return require_fitting(
@@ -60,6 +62,21 @@ def choice_for_trainer(trainer: Any, named: Sequence[Strategy], budget: str) -> 
             task=_task_of(model),
         )
     )
+
+
+def _require_as_configured(model: Any, budget: str) -> None:
+    """Refuse a model that was frozen in part or was changed: its config says nothing of it."""
+    dtype = next(model.parameters()).dtype
+    planned = dict(facts_of(model.config, dtype=dtype, task=_task_of(model)).parameters())
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    other = sorted(planned.keys() ^ trained)
+    if other:
+        how = "does not train" if other[0] in planned else "is added"
+        raise ValueError(
+            f"memory_budget={budget!r} plans {type(model).__name__} as its config makes it, and in "
+            f"this one {other[0]!r} {how}; choose with memrt.choose(build, window=..., "
+            "budget=...), where build makes it as it is, and pass strategies"
+        )
 
 
 def _task_of(model: Any) -> str | None:

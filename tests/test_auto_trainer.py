@@ -18,7 +18,7 @@ from memrt.auto_trainer import choice_for_trainer
 from memrt.cli.main import main
 from memrt.planning import Plan
 from tests.cli.train_runs import SHORT, write_model, write_text
-from tests.trainer_runs import examples, trainer_of
+from tests.trainer_runs import examples, model_of, trainer_of
 
 
 def _needed(trainer: Any) -> Plan:
@@ -62,6 +62,18 @@ def test_a_trainer_that_cannot_fit_says_what_was_tried(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^memory_budget=24: must be text, such as '24GiB'"):
         TrainingArguments(output_dir=str(tmp_path), memory_budget=24)
     assert trainer_of(tmp_path).memory_choice is None
+
+
+def test_a_model_that_its_config_does_not_describe_is_refused(tmp_path: Path) -> None:
+    """What is frozen would be planned as trained, and adapters not at all."""
+    frozen = model_of("llama")
+    frozen.model.embed_tokens.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"'model.embed_tokens.weight' does not train; choose"):
+        trainer_of(tmp_path, model=frozen, memory_budget="24GiB")
+    grown = model_of("llama")
+    grown.added = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"'added.bias' is added; choose with memrt.choose"):
+        trainer_of(tmp_path, model=grown, memory_budget="24GiB")
 
 
 def test_a_run_within_a_budget_is_resumed_with_its_own_command(
