@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from memrt.adapter_methods import reads_base_weights
 from memrt.packed_weights import is_conv1d, is_packed, unpack
 from memrt.profiling.fake import is_fake
 from memrt.structure import discover
@@ -43,19 +44,6 @@ __all__ = [
 ]
 
 ADAPTER_NAME = "default"
-
-# Methods that add something to a layer's output and look at its weight only to fold it in. Each
-# was trained over NF4 here; the others multiply the weight by their own, or start from its values.
-_BESIDE_THE_WEIGHT = frozenset({"LORA", "IA3", "ADALORA"})
-_LORA_READS = (
-    "use_dora",
-    "use_qalora",
-    "corda_config",
-    "eva_config",
-    "loftq_config",
-    "lora_ga_config",
-)
-_LORA_STARTS = (True, False, "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,23 +82,11 @@ def changed_values(config: Mapping[str, Any]) -> dict[str, Any]:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind = plain(config["peft_type"])
-    default = plain(PEFT_TYPE_TO_CONFIG_MAPPING[kind]().to_dict())
+    default: dict[str, Any] = {}
+    with suppress(TypeError, ValueError, ImportError):  # AdaLoRA and others have no default
+        default = plain(PEFT_TYPE_TO_CONFIG_MAPPING[kind]().to_dict())
     values = {k: v for k, v in plain(config).items() if k not in default or v != default[k]}
     return {**values, "peft_type": kind}
-
-
-def reads_base_weights(config: Any) -> str | None:
-    """The method, or the part of it, that needs the dense weights; None when it does not."""
-    kind = str(config.peft_type.value)
-    if kind not in _BESIDE_THE_WEIGHT:
-        return f"PEFT's {kind}"
-    if kind != "LORA":
-        return None
-    used = [name for name in _LORA_READS if getattr(config, name, None)]
-    if used:
-        return f"{used[0]}={getattr(config, used[0])!r}"
-    start = config.init_lora_weights
-    return None if start in _LORA_STARTS else f"init_lora_weights={start!r}"
 
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -161,6 +137,9 @@ def inject(config: Any, model: nn.Module, *, on_meta: bool = False) -> Injection
 
     before = Injection.of(model)
     fake = any(is_fake(parameter) for parameter in model.parameters())
+    refused: tuple[type[Exception], ...] = (ValueError, TypeError, NotImplementedError)
+    if fake:
+        refused += (RuntimeError,)  # what reads the values of weights
     config.base_model_name_or_path = vars(model).get("name_or_path")
     blanks = _blanked(model, getattr(config, "modules_to_save", None) or ()) if fake else []
     try:
@@ -170,11 +149,12 @@ def inject(config: Any, model: nn.Module, *, on_meta: bool = False) -> Injection
             inject_adapter_in_model(
                 config, model, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=on_meta
             )
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except refused as error:
         _unblank(blanks)
         remove_adapters(model, before)
+        where = "a planned " if fake else ""
         raise ValueError(
-            f"PEFT cannot put {config.peft_type.value} into {type(model).__name__}: {error}"
+            f"PEFT cannot put {config.peft_type.value} into {where}{type(model).__name__}: {error}"
         ) from error
     if fake:
         _unblank(blanks)
@@ -277,7 +257,24 @@ def check_targets(config: Any, model: nn.Module) -> None:
     for tensor in parameters:
         blank = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = _of_kind(tensor, blank)
-    inject(config, copy.deepcopy(model, memo), on_meta=True)
+    copied = copy.deepcopy(model, memo)
+    own = {id(tensor) for tensor in copied.state_dict(keep_vars=True).values()}
+    with torch.random.fork_rng(devices=[]):  # PEFT draws adapters of embeddings all the same
+        inject(config, copied, on_meta=True)
+    _refuse_shared(config, copied, own)
+
+
+def _refuse_shared(config: Any, model: nn.Module, own: set[int]) -> None:
+    """One tensor in several layers' adapters: transformers saves a tensor under one name only."""
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = names.setdefault(id(tensor), name)
+        if first != name and id(tensor) not in own:
+            raise ValueError(
+                f"PEFT's {config.peft_type.value} shares tensors between layers ({first} is {name})"
+                ", which transformers cannot save; train peft.get_peft_model(model, config) "
+                "without this strategy, or use method='lora'"
+            )
 
 
 @torch.no_grad()

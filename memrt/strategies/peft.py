@@ -9,7 +9,8 @@ Gradients and AdamW's moments exist for the adapters alone: for LoRA of rank r, 
 bytes a layer in fp32 instead of 12 · in · out. Works over packed weights (`nf4`, `int8`): QLoRA.
 
 What it does not lower: activations. On a bf16 base PEFT keeps an fp32 copy of every adapted layer's
-input; see `fused_lora`. Methods without layers in the model (prompt and prefix tuning) need
+input; see `fused_lora`. Methods without layers in the model (prompt and prefix tuning), and those
+in which PEFT's own wrapper takes part (AdaLoRA, see `memrt.adapter_methods`), need
 `peft.get_peft_model` and no strategy. Hu et al. 2021 (LoRA), arXiv 2106.09685.
 """
 
@@ -23,6 +24,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from memrt.active_set import wide_moments
+from memrt.adapter_methods import needs_wrapper
 from memrt.adapters import (
     adapter_layers,
     changed_values,
@@ -68,7 +70,7 @@ _NOT_GIVEN = (("rank", None), ("alpha", None), ("dropout", None))
 class Peft(Strategy):
     """Settings. None leaves a value to PEFT.
 
-    method: PEFT's name of the method ("lora", "ia3", "adalora", "loha", "lokr", "vera", ...).
+    method: PEFT's name of the method ("lora", "ia3", "loha", "lokr", "oft", "hra", ...).
     rank: of the adapters.
     alpha: the scale on their output is alpha / rank; None is 2 * rank where the method has one.
     dropout: on the adapters' input.
@@ -217,6 +219,13 @@ class Peft(Strategy):
                 f"{kind} puts nothing into the model's layers; wrap the model by "
                 "peft.get_peft_model(model, config) and train that, without this strategy"
             )
+        wrapped = needs_wrapper(config)
+        if wrapped:
+            raise ValueError(
+                f"{wrapped}, which this strategy does not; train "
+                "peft.get_peft_model(model, config) as PEFT's docs say, without this strategy, or "
+                "use method='lora'"
+            )
         if adapter_layers(facts.model):
             raise ValueError(
                 "the model has adapters already; train it without this strategy, or load it anew"
@@ -280,7 +289,7 @@ def _require_options(cls: Any, options: Mapping[str, Any]) -> None:
 def _made(cls: Any, values: Mapping[str, Any]) -> Any:
     try:
         return cls(**values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"PEFT's {cls.__name__} refuses these settings: {error}") from error
 
 

@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("memrt.optimizers",),
     (  # the protocol, and what strategies and sessions are made of
         "memrt.active_set",
-        "memrt.adapters",
+        "memrt.adapter_methods",
         "memrt.adapters",
         "memrt.base_record",
         "memrt.compose",

@@ -1,0 +1,111 @@
+"""PEFT's methods beside LoRA: equal to PEFT's wrapper, with its files, or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import memrt
+from memrt.errors import ConflictError
+from memrt.runner import model_loss
+from memrt.strategies.peft import Peft
+from memrt.testing import tiny_batches, tiny_model
+
+pytestmark = pytest.mark.filterwarnings(  # PEFT asks transformers by a name of before
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",
+    "ignore:Setting .save_embedding_layers.:UserWarning",
+    "ignore:Unsupported layer type:UserWarning",
+    "ignore:.init_lora_weights. is 'eva':UserWarning",
+)
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def fresh() -> nn.Module:
+    torch.manual_seed(0)
+    return tiny_model("llama", layers=2).train()
+
+
+def of(kind: str, **values: Any) -> dict[str, Any]:
+    return {"peft_type": kind, "target_modules": TARGETS, **values}
+
+
+SAME: dict[str, dict[str, Any]] = {
+    "several ranks": of("LORA", r=4, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}),
+    "trained biases and embeddings": of(
+        "LORA", r=4, bias="lora_only", lora_bias=False, modules_to_save=["embed_tokens"]
+    ),
+    "embeddings": of("LORA", r=4, target_modules=["embed_tokens", "q_proj"]),
+    "dora": of("LORA", r=4, use_dora=True, lora_dropout=0.1),
+    "pissa": of("LORA", r=4, init_lora_weights="pissa"),
+    "tokens": of("TRAINABLE_TOKENS", target_modules=["embed_tokens"], token_indices=[*range(99)]),
+    "c3a": of("C3A", block_size=4),
+    "delora": of("DELORA", r=4),
+    "fourierft": of("FOURIERFT", n_frequency=20),
+    "ln_tuning": of("LN_TUNING", target_modules=["input_layernorm"]),
+    "loha": of("LOHA", r=2),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_method_trains_as_pefts_own_wrapper_and_is_saved_for_it(
+    name: str, tmp_path: Path
+) -> None:
+    strategy = Peft(config=SAME[name])
+    ours, theirs = fresh(), fresh()
+    torch.manual_seed(1)
+    session = memrt.prepare(ours, [strategy], lr=1e-2, weight_decay=0.0)
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(theirs, strategy.build())
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    for step in range(3):
+        batch = tiny_batches("llama", seed=step)[0]
+        torch.manual_seed(step)
+        found = session.train_micro_batch(lambda b=batch: model_loss(ours, b))  # type: ignore[misc]
+        session.step()
+        torch.manual_seed(step)
+        expected = model_loss(wrapped, batch)
+        expected.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.allclose(found, expected, rtol=1e-6, atol=0)
+    session.attachments[0].save_apart(tmp_path)
+    batch = tiny_batches("llama", seed=7)[0]
+    with torch.no_grad():
+        wanted = ours.eval()(**batch).logits
+        loaded = peft.PeftModel.from_pretrained(fresh(), tmp_path).eval()(**batch).logits
+        before = fresh().eval()(**batch).logits
+    assert torch.allclose(loaded, wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(before, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (of("ADALORA", total_step=20), "wrapper of ADALORA moves ranks between the layers"),
+        ({"peft_type": "CPT", "task_type": "CAUSAL_LM"}, "CPT puts nothing into the model"),
+        (of("POLY"), "wrapper of POLY tells the layers the task"),
+        (
+            of("LORA", task_type="CAUSAL_LM", alora_invocation_tokens=[3]),
+            r"alora_invocation_tokens=\[3\]: PEFT's wrapper",
+        ),
+        (of("LORA", layer_replication=[[0, 1], [0, 2]]), "layer_replication=.*changes the model"),
+        (of("LORA", init_lora_weights="eva"), "'eva': LoRA is started on data"),
+        (of("RANDLORA", r=4), "RANDLORA shares tensors between layers"),
+        (of("LILY"), "LILY shares tensors between layers"),
+    ],
+    ids=str,
+)
+def test_what_needs_pefts_own_wrapper_is_refused(config: dict[str, Any], message: str) -> None:
+    """Each trained on without a word before: with fixed ranks, nothing at all, or unsavable."""
+    model = fresh()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ConflictError, match=f"{message}.*without this strategy"):
+        memrt.prepare(model, [Peft(config=config)])
+    assert [type(module) for module in model.modules()] == kinds
