@@ -6,9 +6,9 @@ and its optimizer state is freed or waits in a place; what comes back from there
 Nothing below the lowest block that trains is run backwards, for autograd stops where no input and
 no parameter wants a gradient.
 
-State is 8 bytes a parameter whatever its dtype: torch's AdamW would keep moments in a weight's own,
-and bf16 forgets beside 0.999. Where weights that train are bf16 or fp16 the run's optimizer is
-therefore memrt's AdamW, with fp32 moments and stochastic rounding of bf16; elsewhere it is torch's.
+The optimizer is memrt's AdamW, in fp32 with the bits of torch's: a step with gradients that are
+not finite is skipped and counted, and state is 8 bytes a parameter whatever its dtype. torch's
+would keep moments in a weight's own, and bf16 forgets beside 0.999. bf16 is rounded stochastically.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memrt.strategy import Attachment, Rule, Slot, Strategy
+from memrt.optimizer_slots import composed_adamw
+from memrt.strategy import Attachment, Rule, Strategy
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from memrt.session import Session
     from memrt.structure import Facts
 
@@ -31,7 +30,6 @@ __all__ = [
     "check_rotation",
     "refuse_idle_rounding",
     "trainable_by_layer",
-    "wide_moments",
 ]
 
 PARKED = ("no", "host", "disk")
@@ -60,25 +58,6 @@ def refuse_idle_rounding(facts: Facts) -> None:
             "stochastic_rounding=False has no effect: no parameter that trains is bf16; leave it "
             "out"
         )
-
-
-def wide_moments(run: Session, trained: Collection[str] | None = None) -> list[Rule]:
-    """Asks for memrt's AdamW where torch's would keep the moments of `trained` in bf16 or fp16.
-
-    None is what wants gradients now. An optimizer of the user's has its own state, and stays.
-    """
-    named = dict(run.model.named_parameters())
-    names = [name for name, p in named.items() if p.requires_grad] if trained is None else trained
-    narrow = any(named[name].dtype in (torch.bfloat16, torch.float16) for name in names)
-    if not narrow or run.facts.settings.optimizer != "adamw":
-        return []
-    return [
-        Rule(
-            slot=Slot.ACTIVE_SET,
-            match=lambda name, parameter: True,
-            build=lambda name, parameter: "float32 moments",
-        )
-    ]
 
 
 def trainable_by_layer(facts: Facts) -> tuple[dict[str, list[str]], list[str]]:
@@ -116,9 +95,8 @@ class RotatingSet(Attachment):
         self._always = always or []
 
     def rules(self) -> list[Rule]:
-        """Asks for memrt's AdamW where torch's would keep narrow moments."""
-        trained = {*self._always, *(name for block in self._blocks for name in block)}
-        return wide_moments(self.run, trained)
+        """Asks for memrt's AdamW, unless the optimizer is the user's."""
+        return composed_adamw(self.run)
 
     def _draw(self, interval: int) -> list[int]:
         """The blocks of an interval, by their index."""
@@ -131,8 +109,13 @@ class RotatingSet(Attachment):
 
     def _activate(self, active: list[int]) -> None:
         self.active = active
-        names = [name for index in active for name in self._blocks[index]]
-        self.run.activate([*names, *self._always], park=self._park)
+        names = [*self._always, *(name for index in active for name in self._blocks[index])]
+        # what leaves goes first: else its state and a parked one that returns would meet
+        self.run.activate(filter(self._trains, names), park=self._park)
+        self.run.activate(names, park=self._park)
+
+    def _trains(self, name: str) -> bool:
+        return self.run.model.get_parameter(name).requires_grad
 
     def state_dict(self) -> dict[str, Any]:
         """The active blocks, by their index."""

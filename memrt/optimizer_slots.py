@@ -12,9 +12,10 @@ from memrt.strategy import Rule, Slot
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from memrt.session import Session
     from memrt.structure import Facts, RunSettings
 
-__all__ = ["build_optimizer", "first_match", "require_adamw"]
+__all__ = ["build_optimizer", "composed_adamw", "first_match", "require_adamw", "wide_moments"]
 
 
 def require_adamw(facts: Facts) -> None:
@@ -24,6 +25,26 @@ def require_adamw(facts: Facts) -> None:
             f"optimizer={facts.settings.optimizer!r} brings its own state; use AdamW "
             "(optim='adamw_torch_fused', the default)"
         )
+
+
+def composed_adamw(run: Session) -> list[Rule]:
+    """Asks for memrt's AdamW as it is, where torch's would be built; a user's optimizer stays."""
+    if run.facts.settings.optimizer != "adamw":
+        return []
+    return [
+        Rule(
+            slot=Slot.ACTIVE_SET,
+            match=lambda name, parameter: True,
+            build=lambda name, parameter: "float32 moments",
+        )
+    ]
+
+
+def wide_moments(run: Session) -> list[Rule]:
+    """`composed_adamw` where torch's would keep the moments of what trains in bf16 or fp16."""
+    trained = (parameter for parameter in run.model.parameters() if parameter.requires_grad)
+    narrow = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in trained)
+    return composed_adamw(run) if narrow else []
 
 
 def first_match(

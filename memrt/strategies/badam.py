@@ -9,7 +9,8 @@ B parameters, and such a head: AdamW's state is 8 B bytes and never more (freed 
 moments and bias correction begin anew; with `parked` they wait there for the block's next turn).
 Below the block no gradient is computed: on average the backward pass is half as long. Luo et al.
 2024, arXiv 2404.02827 (NeurIPS 2024), whose fp32 copy of the active block is not made: bf16 weights
-have fp32 moments and are rounded stochastically, so that small updates count in the mean.
+have fp32 moments and are rounded stochastically, so that small updates count in the mean. A step
+whose gradients are not finite is skipped and counted.
 """
 
 from __future__ import annotations

@@ -33,12 +33,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
-from memrt.active_set import wide_moments
 from memrt.kernels.ladder import KEPT
 from memrt.ladder.attach import final_norm, task_head
 from memrt.ladder.build import build_ladder, prunes
 from memrt.ladder.files import fill_side, has_ladder_files, write_ladder
 from memrt.ladder.shape import body_of, narrow_config
+from memrt.optimizer_slots import wide_moments
 from memrt.profiling.accounts import Account
 from memrt.registry import register
 from memrt.strategy import Attachment, Claim, Phase, Rule, Slot, Strategy

@@ -8,7 +8,8 @@ and never more, because the state of a layer that leaves is freed (`parked="no"`
 host (`parked="host"`, which keeps its moments for the next time). A layer whose state was freed
 starts its bias correction anew. Costs nothing in time; no gradient is rescaled. Pan et al. 2024,
 arXiv 2403.17919 (NeurIPS 2024). With `layers` = L it is AdamW, bit for bit in fp32; bf16 weights
-have fp32 moments, which torch's AdamW would not give them, and are rounded stochastically.
+have fp32 moments, which torch's AdamW would not give them, and are rounded stochastically. A step
+whose gradients are not finite is skipped and counted.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from memrt.active_set import wide_moments
 from memrt.adapter_methods import needs_wrapper
 from memrt.adapters import (
     adapter_layers,
@@ -39,6 +38,7 @@ from memrt.adapters import (
 from memrt.base_record import base_record
 from memrt.errors import unknown_name
 from memrt.kernels.nf4 import without_hub_warning
+from memrt.optimizer_slots import wide_moments
 from memrt.packed_weights import packed_layers
 from memrt.profiling.accounts import Account
 from memrt.registry import register

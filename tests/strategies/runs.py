@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from memrt import registry
+from memrt.planning import simulate
 from memrt.profiling.accounts import Account
 from memrt.profiling.ledger import Ledger
 from memrt.profiling.timeline import Record, Timeline
@@ -22,6 +23,7 @@ from memrt.testing import tiny_batches, tiny_model
 __all__ = [
     "Pass",
     "assert_equal",
+    "assert_planned",
     "batch_of",
     "counted",
     "gradients",
@@ -119,6 +121,20 @@ def counted(
             train_step(run, window)
     run.session.detach()
     return ledger.timeline
+
+
+def assert_planned(
+    build: Callable[[], nn.Module], strategies: Sequence[Any], window: Sequence[Batch]
+) -> None:
+    """The plan of two steps is what the ledger counts in them: peak, accounts and phases."""
+    parsed, settings = registry.parse_all(strategies), RunSettings()
+    planned = simulate(build, parsed, window, settings=settings)
+    timeline = counted(build(), strategies, window)
+    peak = timeline.peak()
+    assert planned.peak.peak_bytes == peak.peak_bytes
+    assert planned.peak.accounts == peak.accounts
+    assert planned.phases() == timeline.phase_peaks()
+    assert planned.account_maxima == timeline.account_maxima()
 
 
 def held_for_backward(model: nn.Module, strategies: Sequence[Any], batch: Batch) -> list[Record]:

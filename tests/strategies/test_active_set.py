@@ -9,10 +9,9 @@ from torch import nn
 import memrt
 from memrt.errors import ConflictError
 from memrt.optimizers.adamw import AdamW
-from memrt.planning import simulate
 from memrt.profiling.ledger import Ledger
 from memrt.registry import parse_all
-from memrt.runner import model_loss, start, train_step
+from memrt.runner import model_loss, start
 from memrt.structure import RunSettings
 from memrt.testing import tiny_batches
 from tests.strategies.active_runs import (
@@ -23,10 +22,19 @@ from tests.strategies.active_runs import (
     names_of,
     state_bytes,
     steps_of,
+    train,
     trainable,
     weights,
 )
-from tests.strategies.runs import assert_equal, batch_of, gradients, held_for_backward, model_of
+from tests.strategies.runs import (
+    assert_equal,
+    assert_planned,
+    batch_of,
+    gradients,
+    held_for_backward,
+    model_of,
+    states,
+)
 
 SPECS = {
     "lisa": "lisa(layers=1, every=3, parked={parked!r})",
@@ -49,6 +57,17 @@ def test_over_300_steps_the_state_is_never_more_than_what_trains(name: str, park
         assert state_bytes(run.optimizer) == ideal_bytes(model, active)
         ever.update(active_of(run, name))
     assert ever == set(range(LAYERS))
+
+
+def test_a_state_leaves_before_a_parked_one_returns() -> None:
+    """No moment of a switch holds the state of more than what trains on the device."""
+    model, ledger = model_of("plain"), Ledger()
+    with ledger:
+        run = memrt.prepare(model, ["badam(every=1, parked='host')"], ledger=ledger)
+        train(run, "plain", count=2 * LAYERS)
+    ledger.close()
+    layers = [ideal_bytes(model, names_of(model, "plain", [i])) for i in range(LAYERS)]
+    assert ledger.timeline.account_maxima()["optimizer"] == max(layers)
 
 
 TRUNCATED = ["lisa(layers=1, embeddings=False, seed={seed})", "badam(seed={seed})"]
@@ -142,9 +161,30 @@ def test_bf16_weights_have_fp32_moments(spec: str) -> None:
     assert_equal(*found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", [*ALONE, "lisa(layers=1, every=2, parked='host')"])
+def test_a_step_whose_gradients_are_not_finite_is_skipped_and_counted(
+    spec: str, dtype: torch.dtype
+) -> None:
+    model = model_of("llama", dtype=dtype)
+    run = memrt.prepare(model, [spec], lr=1e-2)
+    train(run, "llama", count=1)
+    before, held = weights(model), states(run.optimizer, model)
+    with run.micro_batch():
+        run.backward(model_loss(model, batch_of("llama")) * float("nan"))
+    run.step()
+    assert_equal(weights(model), before)
+    after = states(run.optimizer, model)
+    assert after.keys() == held.keys()
+    for name in after:
+        assert_equal(after[name], held[name])
+    assert run.state_dict()["optimizer"]["num_skipped_steps"] == 1
+    train(run, "llama", first=2, count=3)
+    assert all(weight.isfinite().all() for weight in weights(model).values())
+
+
 @pytest.mark.parametrize("spec", ALONE)
-def test_elsewhere_the_optimizer_stays_what_it_was(spec: str) -> None:
-    assert type(memrt.prepare(model_of("llama"), [spec]).optimizer) is torch.optim.AdamW
+def test_an_optimizer_of_the_user_stays(spec: str) -> None:
     model = model_of("llama", dtype=torch.bfloat16)
     own = torch.optim.SGD(model.parameters())
     assert memrt.prepare(model, [spec], optimizer=own).optimizer is own
@@ -152,24 +192,9 @@ def test_elsewhere_the_optimizer_stays_what_it_was(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ALONE)
 def test_the_plan_of_bf16_weights_is_the_ledger(spec: str) -> None:
-    strategies, settings = parse_all([spec]), RunSettings()
-    window = tiny_batches("llama", count=1)
-
-    def build() -> nn.Module:
-        return model_of("llama", dtype=torch.bfloat16)
-
-    planned = simulate(build, strategies, window, settings=settings)
-    ledger = Ledger()
-    with ledger:
-        run = start(build(), strategies, settings=settings, ledger=ledger)
-        for _ in range(2):
-            train_step(run, window)
-    ledger.close()
-    counted = ledger.timeline.peak()
-    assert planned.peak.peak_bytes == counted.peak_bytes
-    assert planned.peak.accounts == counted.accounts
-    assert planned.phases() == ledger.timeline.phase_peaks()
-    assert planned.account_maxima == ledger.timeline.account_maxima()
+    assert_planned(
+        lambda: model_of("llama", dtype=torch.bfloat16), [spec], tiny_batches("llama", count=1)
+    )
 
 
 @pytest.mark.parametrize("spec", ALONE)

@@ -6,20 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import memrt
 from memrt.errors import ConflictError
 from memrt.optimizers.adalomo import AdaLomo
 from memrt.optimizers.lomo import Lomo
-from memrt.planning import simulate
-from memrt.profiling.ledger import Ledger
 from memrt.registry import parse_all
 from memrt.runner import model_loss, start, train_step
 from memrt.structure import RunSettings
 from memrt.testing import tiny_batches
 from tests.strategies.active_runs import steps_of, train, weights
-from tests.strategies.runs import assert_equal, batch_of, counted, model_of
+from tests.strategies.runs import assert_equal, assert_planned, batch_of, counted, model_of
 
 NAMES = ("lomo", "adalomo")
 OPTIMIZERS: dict[str, Any] = {"lomo": Lomo, "adalomo": AdaLomo}
@@ -119,24 +116,9 @@ def test_bf16_weights_are_rounded_as_the_run_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_plan_of_bf16_weights_is_the_ledger(name: str) -> None:
-    strategies, settings = parse_all([name]), RunSettings(max_grad_norm=0.0)
-    window = tiny_batches("llama", count=1)
-
-    def build() -> nn.Module:
-        return model_of("llama", dtype=torch.bfloat16)
-
-    planned = simulate(build, strategies, window, settings=settings)
-    ledger = Ledger()
-    with ledger:
-        run = start(build(), strategies, settings=settings, ledger=ledger)
-        for _ in range(2):
-            train_step(run, window)
-    ledger.close()
-    counted_peak = ledger.timeline.peak()
-    assert planned.peak.peak_bytes == counted_peak.peak_bytes
-    assert planned.peak.accounts == counted_peak.accounts
-    assert planned.phases() == ledger.timeline.phase_peaks()
-    assert planned.account_maxima == ledger.timeline.account_maxima()
+    assert_planned(
+        lambda: model_of("llama", dtype=torch.bfloat16), [name], tiny_batches("llama", count=1)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -226,6 +208,7 @@ def test_settings_without_effect_are_refused(
         ("lomo(clip_value=0)", "clip_value=0: must be a number above 0, or None"),
         ("lomo(clip='value')", "clip='value': use one of none, two_pass"),
         ("adalomo(clip_threshold=-1.0)", "clip_threshold=-1.0: must be"),
+        ("adalomo(clip_threshold=True)", "clip_threshold=True: must be"),
         ("adalomo(decay_rate=0.8)", r"decay_rate=0.8: must lie in \[-1, 0\)"),
     ],
 )
