@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from memrt.optimizer_slots import require_adamw
 from memrt.profiling.accounts import Account
 from memrt.strategy import EVERYTHING, Attachment, Claim, Phase, Rule, Slot, Strategy
+from memrt.values import is_number
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +56,7 @@ class ProjectedStrategy(Strategy):
             value = getattr(self, option)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{option}={value!r}: must be a whole number, 1 or more")
-        if not isinstance(self.scale, (int, float)) or not self.scale > 0:
+        if not (is_number(self.scale) and 0 < self.scale < inf):
             raise ValueError(f"scale={self.scale!r}: must be a number above 0")
         object.__setattr__(self, "targets", _checked_targets(self.targets))
 

@@ -19,9 +19,10 @@ def check_group(group: dict[str, Any]) -> None:
     """Refuse a parameter group that cannot be stepped as it says."""
     for name in ("lr", "eps", "weight_decay"):
         value = group[name]
-        if not isinstance(value, (int, float)) or not value >= 0:
+        if not _is_number(value) or not value >= 0:
             raise ValueError(f"{name}={value!r} is not a number of at least 0; give a float")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+    betas = group["betas"] if isinstance(group["betas"], (tuple, list)) else ()
+    if len(betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas={group['betas']!r} must be two numbers in [0, 1)")
     if group["state_format"] not in STATE_FORMATS:
         raise ValueError(
@@ -39,6 +40,10 @@ def check_group(group: dict[str, Any]) -> None:
                 f"a parameter of shape {tuple(parameter.shape)} is {parameter.dtype}; this AdamW "
                 "updates fp32, bf16 and fp16 (in fp32)"
             )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_storages(groups: Sequence[dict[str, Any]]) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from memrt.optimizers.adalomo import AdaLomo as AdaLomoOptimizer
 from memrt.registry import register
 from memrt.update_time import RuleInBackward
+from memrt.values import is_number
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +43,9 @@ class AdaLomo(RuleInBackward):
 
     def __post_init__(self) -> None:
         RuleInBackward.__post_init__(self)
-        if not isinstance(self.clip_threshold, (int, float)) or not self.clip_threshold > 0:
+        if not is_number(self.clip_threshold) or not self.clip_threshold > 0:
             raise ValueError(f"clip_threshold={self.clip_threshold!r}: must be a number above 0")
-        if not isinstance(self.decay_rate, (int, float)) or not -1 <= self.decay_rate < 0:
+        if not is_number(self.decay_rate) or not -1 <= self.decay_rate < 0:
             raise ValueError(f"decay_rate={self.decay_rate!r}: must lie in [-1, 0)")
 
     def optimizer_class(self) -> type[torch.optim.Optimizer]:

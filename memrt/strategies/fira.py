@@ -17,6 +17,7 @@ Chen et al. 2024, arXiv 2410.01623. E is the paper's, orthogonal to P (the autho
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, ClassVar
 
 from memrt.optimizers.residual_subspace import ResidualSubspace
@@ -55,7 +56,7 @@ class Fira(ProjectedStrategy):
 
     def __post_init__(self) -> None:
         ProjectedStrategy.__post_init__(self)
-        if not is_number(self.residual_scale) or not self.residual_scale > 0:
+        if not (is_number(self.residual_scale) and 0 < self.residual_scale < inf):
             raise ValueError(f"residual_scale={self.residual_scale!r}: must be a number above 0")
         if self.growth is not None and not (is_number(self.growth) and self.growth > 1):
             raise ValueError(

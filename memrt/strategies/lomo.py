@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from memrt.optimizers.lomo import Lomo as LomoOptimizer
 from memrt.registry import register
 from memrt.update_time import RuleInBackward
+from memrt.values import is_number
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +40,7 @@ class Lomo(RuleInBackward):
 
     def __post_init__(self) -> None:
         RuleInBackward.__post_init__(self)
-        number = isinstance(self.clip_value, (int, float)) and not isinstance(self.clip_value, bool)
-        if self.clip_value is not None and not (number and self.clip_value > 0):
+        if self.clip_value is not None and not (is_number(self.clip_value) and self.clip_value > 0):
             raise ValueError(f"clip_value={self.clip_value!r}: must be a number above 0, or None")
 
     def optimizer_class(self) -> type[torch.optim.Optimizer]:

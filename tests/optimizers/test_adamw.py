@@ -588,7 +588,10 @@ def test_copies_work() -> None:
     [
         ({"lr": -1.0}, "lr=-1.0"),
         ({"lr": torch.tensor(1e-3)}, "lr=tensor"),
+        ({"lr": True}, "lr=True"),
         ({"betas": (0.9, 1.0)}, "betas="),
+        ({"betas": 0.9}, r"betas=0\.9 must be two numbers"),
+        ({"betas": ("x", 0.9)}, r"betas=.* must be two numbers"),
         ({"eps": float("nan")}, "eps=nan"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"state_format": "int7"}, "state_format='int7'.*float32.*int8"),

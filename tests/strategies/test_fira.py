@@ -68,6 +68,7 @@ def test_a_rank_that_is_not_below_the_smaller_side_is_adamw_bit_for_bit(
         ("fira(residual_scale=0)", "residual_scale=0: must be a number above 0"),
         ("fira(growth=0.9)", r"growth=0\.9: must be a number above 1, or None"),
         ("fira(growth='x')", r"growth='x': must be a number above 1, or None"),
+        ("fira(residual_scale=1e999)", "residual_scale=inf: must be a number above 0"),
         ("fira(residual_scale=True)", "residual_scale=True: must be a number above 0"),
         ("fira(seed=1)", "strategy 'fira' has no option 'seed'"),
     ],

@@ -718,6 +718,7 @@ def test_a_model_without_targets_is_refused() -> None:
         ("galore(rank=0)", r"rank=0: must be"),
         ("galore(every=True)", r"every=True: must be"),
         ("galore(scale=0)", r"scale=0: must be"),
+        ("galore(scale=True)", r"scale=True: must be"),
         ("galore(targets='head')", r"targets='head': use one of all, attention, mlp"),
         ("galore(norm='true')", r"norm='true': use one of projected, exact"),
     ],
