@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from memrt.profiling.accounts import Account, Place
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from memrt.observer import Observer
     from memrt.places import Mover
@@ -52,7 +52,8 @@ class OptimizerState:
         projection = self.projections.get(parameter)
         if state or (projection is not None and projection.tensors()):
             self._relocate_projection(parameter, park)
-            on_host = frozenset(k for k, v in (state or {}).items() if _lies_apart(v, parameter))
+            apart = [key for key, value in (state or {}).items() if _lies_apart(value, parameter)]
+            on_host = self._on_host(parameter, otherwise=apart)
             moved = self._moved(state or {}, park, on_host)
             self._parked[name] = _Parked(place=park, state=moved, on_host=on_host)
 
@@ -63,8 +64,15 @@ class OptimizerState:
             return
         self._relocate_projection(parameter, Place.DEVICE)
         if parked.state and self.optimizer is not None:
-            state = self._moved(parked.state, Place.DEVICE, parked.on_host)
+            # on the CPU what is made lies beside its parameter, and so does what returns
+            on_host = frozenset() if parameter.device.type == "cpu" else parked.on_host
+            state = self._moved(parked.state, Place.DEVICE, on_host)
             self.optimizer.state[parameter] = state
+
+    def _on_host(self, parameter: nn.Parameter, *, otherwise: Iterable[str]) -> frozenset[str]:
+        """What memrt's optimizers keep there, whatever device a state was written on."""
+        told = getattr(self.optimizer, "state_on_host", None)
+        return frozenset(otherwise if told is None else told(parameter))
 
     def _relocate_projection(self, parameter: nn.Parameter, place: Place) -> None:
         if parameter in self.projections:
@@ -109,8 +117,9 @@ class OptimizerState:
         """Park what `parked_state` returned, each in its place, and projections that are loaded."""
         self._parked = {}
         for name, entry in parked.items():
-            place, on_host = Place(entry["place"]), frozenset(entry.get("on_host", ()))
-            self._relocate_projection(parameters[name], place)
+            place, parameter = Place(entry["place"]), parameters[name]
+            on_host = self._on_host(parameter, otherwise=entry.get("on_host", ()))
+            self._relocate_projection(parameter, place)
             self._parked[name] = _Parked(
                 place=place, state=self._moved(entry["state"], place, on_host), on_host=on_host
             )

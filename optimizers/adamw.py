@@ -237,6 +237,12 @@ class AdamW(torch.optim.Optimizer):
 
     # ---------------------------------------------------------------- state
 
+    def state_on_host(self, parameter: nn.Parameter) -> frozenset[str]:
+        """The parts of a parameter's state that lie on the host wherever the parameter does."""
+        shape = self._state_shape(parameter)
+        form = self._format_of(self.param_groups[self._group_index[parameter]], shape)
+        return frozenset(key for key, part in form.layout(shape).items() if part.on_host)
+
     def shared_tensors(self) -> Iterator[Tensor]:
         """Tensors that the formats hold beside `state`: the code maps of int8, 2 KiB a device."""
         for form in self._formats.values():

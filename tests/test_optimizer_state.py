@@ -46,8 +46,10 @@ def test_what_lies_on_the_host_stays_there_through_parking(state_format: str) ->
     assert _devices(held.optimizer.state[weight]) == before
 
 
+@pytest.mark.parametrize("written_on", ["device", "cpu"])
 @pytest.mark.parametrize("state_format", ["float32", "int8"])
-def test_so_it_does_in_a_run_that_is_resumed(state_format: str) -> None:
+def test_so_it_does_in_a_run_that_is_resumed(state_format: str, written_on: str) -> None:
+    """Also from a state that the CPU wrote, where all of it lies on the host."""
     held, weight = _setup(state_format)
     assert held.optimizer is not None
     before = _devices(held.optimizer.state[weight])
@@ -55,6 +57,8 @@ def test_so_it_does_in_a_run_that_is_resumed(state_format: str) -> None:
     saved = held.parked_state()
     for entry in saved.values():  # as a checkpoint is loaded: on the host, all of it
         entry["state"] = {k: torch.zeros(t.shape, dtype=t.dtype) for k, t in entry["state"].items()}
+        if written_on == "cpu":
+            entry["on_host"] = []
     resumed, weight = _setup(state_format)
     assert resumed.optimizer is not None
     resumed.optimizer.state.clear()
