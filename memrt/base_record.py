@@ -1,7 +1,8 @@
 """What adapters know their base by: a hash beside their files, compared before they are used.
 
     adapter_config.json, adapter_model.safetensors    PEFT's, unchanged: plain PEFT loads the folder
-    memrt_base.json    version, the base's class, its hash, what the hash leaves out, and its head
+    memrt_base.json    version, the base's class, its hash, what the hash leaves out, its head, and
+                       what a classifier's config says of that (`memrt.head_config`)
 
 The hash is that of a ladder's backbone (`memrt.ladder.files`): SHA-256 over what every precision
 keeps, the embeddings, norms and biases, rounded to bfloat16. What trained beside the adapters is
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from memrt.adapters import task_heads
+from memrt.head_config import HeadConfig
 
 __all__ = [
     "BASE_NAME",
@@ -53,16 +55,20 @@ class BaseRecord:
     """Parameters that a hash would take and that trained, or were trained as copies."""
     head: tuple[str, ...] = ()
     """Frozen parameters of a task's head, which the hash takes too."""
+    head_config: HeadConfig | None = None
+    """Of a classifier: what its config says of the head, which a base may know nothing of."""
 
     def write(self, folder: Path) -> None:
         """Beside the adapters."""
-        values = {
+        values: dict[str, Any] = {
             "version": _VERSION,
             "model": self.model,
             "base": self.fingerprint,
             "left_out": list(self.left_out),
             "head": list(self.head),
         }
+        if self.head_config is not None:
+            values["head_config"] = self.head_config.to_json()
         (folder / BASE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -74,11 +80,13 @@ class BaseRecord:
         try:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             version, fingerprint = values["version"], str(values["base"])
+            said = values.get("head_config")
             found = cls(
                 model=str(values["model"]),
                 fingerprint=fingerprint,
                 left_out=tuple(map(str, values["left_out"])),
                 head=tuple(map(str, values.get("head", ()))),
+                head_config=None if said is None else HeadConfig.from_json(said),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); copy it again") from error
@@ -111,6 +119,7 @@ def base_record(model: nn.Module) -> BaseRecord:
         fingerprint=_digest(_in_memory(lasting, left_out)),
         left_out=tuple(left_out),
         head=head,
+        head_config=HeadConfig.of(model),
     )
 
 

@@ -24,7 +24,7 @@ from memrt.adapters import (
     remove_adapters,
     task_heads,
 )
-from memrt.base_record import require_base
+from memrt.base_record import BaseRecord, require_base
 from memrt.checkpoint import load_state, read_strategies
 from memrt.initialization import Skeleton
 from memrt.loading import load
@@ -340,9 +340,16 @@ def _task(config: Any) -> str | None:
 
 
 def _take_labels(config: Any, adapters: Path, task: str | None) -> None:
-    """As many as the head has that was saved with the adapters: a base may know of none."""
+    """Those of the head that was saved with the adapters: a base may know of none.
+
+    A folder of PEFT's tells how many there are, and not their names.
+    """
     auto = auto_class(config, task)
     if "Classification" not in auto.__name__:
+        return
+    record = BaseRecord.read(adapters)
+    if record is not None and record.head_config is not None:
+        record.head_config.write_to(config)
         return
     saved = {name: tensor.shape for name, tensor in read_adapters(adapters).items()}
     model: Any = Skeleton.build(lambda: auto.from_config(config)).model

@@ -174,6 +174,7 @@ def test_the_model_and_gradients_of_get_peft_model(family: str) -> None:
     "spec",
     [
         "peft(method='ia3')",
+        "peft(method='adalora', options={'total_step': 20})",
         "peft(method='loha', rank=2)",
         "peft(method='lokr', rank=2)",
         "peft(method='oft', options={'oft_block_size': 0, 'r': 4})",
@@ -207,11 +208,12 @@ def test_other_methods_train_and_leave(spec: str) -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "adalora"])
 def test_methods_that_pass_over_packed_weights_train_there(method: str) -> None:
-    """Each of the list in `memrt.adapter_methods`: a real gradient, and the codes stay."""
+    """Each of the list in `memrt.adapters`: a real gradient, and the codes are not touched."""
+    options = ", options={'total_step': 20}" if method == "adalora" else ""
     model = fresh()
-    session = memrt.prepare(model, ["nf4", f"peft(method='{method}')"], lr=1e-2)
+    session = memrt.prepare(model, ["nf4", f"peft(method='{method}'{options})"], lr=1e-2)
     codes = {name: module.weight.clone() for name, module in packed_layers(model)}
     batch = tiny_batches("llama")[0]
     losses = []
@@ -438,7 +440,9 @@ def test_the_plan_of_a_classifier_s_adapters_equals_the_ledger(family: str, dtyp
 def classified(folder: Path, base: Path, *, seed: int, strategy: Any, **options: Any) -> Any:
     """A run on a base that has no head: every load draws another one."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    model = options.pop("model", None)
+    if model is None:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
     rows = torch.randint(3, 90, (24, 8), generator=torch.Generator().manual_seed(5))
     data = [{"input_ids": row, "labels": row[0] % 3} for row in rows]
     resume = options.pop("resume", None)
@@ -491,6 +495,28 @@ def test_a_new_head_trains_is_saved_resumed_and_exported(
     done = export_checkpoint(checkpoint, tmp_path / "plain", base=base, task=CLASSES, verify=True)
     assert done.check is not None
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
+    assert torch.allclose(classes_of(plain), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_names_of_the_classes_survive_an_export(tmp_path: Path) -> None:
+    """And the padding of a decoder, without which its head takes no batch."""
+    base = tmp_path / "base"
+    memrt.load(CONFIGS["llama"](), seed=0).save_pretrained(base)  # type: ignore[operator]
+    assert transformers.AutoConfig.from_pretrained(base).pad_token_id is None
+    names = {0: "bad", 1: "fair", 2: "good"}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        base, id2label=names, label2id={name: index for index, name in names.items()}
+    )
+    model.config.pad_token_id = 0
+    trainer = classified(tmp_path / "run", base, seed=1, strategy=["peft(rank=2)"], model=model)
+    checkpoint = tmp_path / "run/checkpoint-6"
+    export_checkpoint(checkpoint, tmp_path / "plain", base=base, task=CLASSES, verify=True)
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
+    assert plain.config.id2label == names
+    assert plain.config.label2id == {name: index for index, name in names.items()}
+    assert plain.config.problem_type == trainer.model.config.problem_type is not None
+    assert plain.config.pad_token_id == 0
+    expected = classes_of(trainer.model)
     assert torch.allclose(classes_of(plain), expected, rtol=1e-5, atol=1e-5)
 
 
