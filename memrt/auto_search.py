@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,25 +110,38 @@ class Search:
         stacks = self._stacks(rung)
         if not stacks:
             return False
-        smallest = stacks[-1]
         too_much = self._held_at_least(rung)
         if too_much is not None:
-            self._unplanned.append((rung, smallest))
+            self._unplanned.append((rung, stacks[-1]))
             for stack in stacks:
                 self._note(_label(stack), rung, "not planned", too_much)
             return False
-        last = self._planned(rung, smallest)
-        if last is not None and not self._is_near(last):
-            self._note(_label(smallest), rung, "too large", shortfall(last), last)
-            sentence = f"not planned: taken to need more than {_label(smallest)}"
-            for stack in stacks[:-1]:
-                self._note(_label(stack), rung, "not planned", sentence)
+        least = {_label(stack): self._planned(rung, stack) for stack in _least(stacks)}
+        found = {label: plan for label, plan in least.items() if plan is not None}
+        if found and not any(map(self._is_near, found.values())):
+            self._pass_over(rung, stacks, least, found)
             return False
-        self._take_cheapest(rung, self._fitting(rung, stacks, last))
+        self._take_cheapest(rung, self._fitting(rung, stacks, least))
         return self.chosen is not None
 
+    def _pass_over(
+        self,
+        rung: Rung,
+        stacks: list[list[Strategy]],
+        least: Mapping[str, Plan | None],
+        found: Mapping[str, Plan],
+    ) -> None:
+        """Even what keeps least is far over the budget; the others of the rung are not planned."""
+        for label, plan in found.items():
+            self._note(label, rung, "too large", shortfall(plan), plan)
+        lowest = min(found, key=lambda label: found[label].device_bytes["high"])
+        sentence = f"not planned: taken to need more than {lowest}"
+        for stack in stacks:
+            if _label(stack) not in least:
+                self._note(_label(stack), rung, "not planned", sentence)
+
     def _fitting(
-        self, rung: Rung, stacks: list[list[Strategy]], last: Plan | None
+        self, rung: Rung, stacks: list[list[Strategy]], least: Mapping[str, Plan | None]
     ) -> list[tuple[list[Strategy], Plan]]:
         """The stacks that fit; what only adds to one of them is not planned."""
         fitting: list[tuple[list[Strategy], Plan]] = []
@@ -138,9 +151,10 @@ class Search:
                 sentence = f"not needed: {_label(inside[0])} fits without what it adds"
                 self._note(_label(stack), rung, "not planned", sentence)
                 continue
-            found = last if stack is stacks[-1] else self._planned(rung, stack)
+            label = _label(stack)
+            found = least[label] if label in least else self._planned(rung, stack)
             if found is not None and not found.fits:
-                self._note(_label(stack), rung, "too large", shortfall(found), found)
+                self._note(label, rung, "too large", shortfall(found), found)
             elif found is not None:
                 fitting.append((stack, found))
             if fitting and not _paid(stack, self.named):
@@ -252,6 +266,19 @@ class Search:
         found = self.plan_of(stack)
         change = f"{_label(stack)}, which does not train all weights (full_parameters=False)"
         return [remedy_of(change, found)]
+
+
+def _least(stacks: list[list[Strategy]]) -> list[list[Strategy]]:
+    """What keeps least of a rung: the last, and what is offloaded without being computed again.
+
+    A layer that is computed again is on the device as a whole; what is offloaded comes back tensor
+    by tensor.
+    """
+    names = [{strategy.name for strategy in stack} for stack in stacks]
+    whole = [index for index, found in enumerate(names) if "activation_checkpoint" not in found]
+    if whole and whole[-1] != len(stacks) - 1 and "offload_activations" in names[whole[-1]]:
+        return [stacks[whole[-1]], stacks[-1]]
+    return stacks[-1:]
 
 
 def _paid(stack: Sequence[Strategy], named: Sequence[Strategy]) -> bool:

@@ -20,7 +20,8 @@ ACTIVATIONS: tuple[tuple[str, ...], ...] = (
     ("activation_checkpoint", "fused_loss"),
     ("activation_checkpoint", "fused_loss", "offload_activations"),
 )
-"""Ways of keeping activations; the last is the one that takes the least memory."""
+"""Ways of keeping activations. The last takes the least memory, or the third, where a whole layer
+that is computed again is more than what comes back from the host for it."""
 
 WHY: dict[str, str] = {
     "activation_checkpoint": "the same numbers; layers are computed again in backward",

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import memrt
+from memrt import gpus
 from memrt.advice import MAX_PLANS, advise
 from memrt.auto import Choice, choose
 from memrt.auto_search import ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND
 from memrt.gpus import Gpu, Host, next_card
 from memrt.planning import Plan, plan
 from memrt.registry import parse_all
+from memrt.testing import tiny_config
 
 OVERHEAD = Gpu.required_bytes(0)["high"]
 SHAPE: dict[str, Any] = {"batch_size": 4, "sequence_length": 64}
@@ -79,6 +81,32 @@ def test_smaller_state_comes_after_ways_of_keeping_activations() -> None:
     assert choice.rung == "full fine-tuning, 8-bit optimizer state"
     assert "keeps full fine-tuning; optimizer state in 8 bits" in choice.explain()
     assert not {"lisa", "peft", "galore"} & {s.split("(")[0] for s in choice.strategies}
+
+
+def test_what_is_offloaded_and_not_computed_again_may_keep_least(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A layer that is computed again is on the device as a whole."""
+    for constants in (gpus._CONTEXT_BYTES, gpus._CUBLAS_BYTES):
+        for bound in constants:
+            monkeypatch.setitem(constants, bound, 0)
+    config, shape = tiny_config("llama", layers=2), {"batch_size": 2, "sequence_length": 64}
+    named = ["int8_states", "in_backward(clip='two_pass')"]
+    offloaded = [*named, "fused_loss", "offload_activations"]
+    least, both = (
+        plan(config, stack, **shape).device_bytes["high"]
+        for stack in (offloaded, [*offloaded, "activation_checkpoint"])
+    )
+    assert both > 1.1 * least
+    choice = choose(config, named, budget=f"{least}B", **shape)
+    assert choice.fits
+    assert set(choice.strategies) == set(map(str, parse_all(offloaded)))
+    tight = choose(config, named, budget=f"{least // 2}B", full_parameters=True, **shape)
+    assert not tight.fits
+    assert set(tight.strategies) == set(choice.strategies)
+    planned = [c for c in tight.candidates if c.rung == choice.rung and c.device_bytes]
+    assert sorted(c.device_bytes or 0 for c in planned) == [least, both]
+    assert f"taken to need more than {'+'.join(choice.strategies)}" in tight.explain()
 
 
 def test_what_was_named_stays_and_nothing_collides_with_it() -> None:
