@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers.integrations import get_reporting_integration_callbacks
 
-__all__ = ["hub_errors", "require_callbacks"]
+__all__ = ["hub_errors", "require_callbacks", "require_hub"]
 
 # OSError, and the errors of whichever HTTP client this version of the Hub's library has
 _HUB_ERRORS: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
@@ -24,6 +25,13 @@ def require_callbacks(report_to: Sequence[str]) -> None:
         except (RuntimeError, ImportError, ValueError) as error:
             text = " ".join(str(error).split())
             raise ValueError(f"training.report_to={name!r}: {text}") from error
+
+
+def require_hub(arguments: Any) -> None:
+    """Refuse a push to a Hub that knows no login, or cannot be reached; nothing is made there."""
+    if arguments.push_to_hub:
+        with hub_errors(arguments):
+            HfApi().whoami(token=arguments.hub_token)
 
 
 @contextmanager

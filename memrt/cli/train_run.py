@@ -23,7 +23,7 @@ from memrt.cli.train_classes import (
     without_unused_types,
 )
 from memrt.cli.train_console import ConsoleCallback, Intervals, Speed
-from memrt.cli.train_elsewhere import hub_errors, require_callbacks
+from memrt.cli.train_elsewhere import hub_errors, require_callbacks, require_hub
 from memrt.cli.train_folder import RunFolder
 from memrt.cli.train_length import require_longer
 from memrt.cli.train_model import TrainedModel, tokenizer_for
@@ -71,6 +71,7 @@ class TrainRun:
                 require_file(path, f"data.{argument}")
         # errors of the settings come before the model is read
         require_callbacks(self.settings.arguments.report_to)
+        require_hub(self.settings.arguments)
         folder = self._claim()
         _say(
             f"output: {folder.path}" + (f", from {folder.checkpoint}" if folder.checkpoint else "")

@@ -235,11 +235,15 @@ def test_a_hub_that_cannot_be_pushed_to_is_one_line(
     def fail(*_: object, **__: object) -> None:
         raise kind("[Errno -2] Name or service not known")
 
-    monkeypatch.setattr("transformers.Trainer.init_hf_repo", fail)
-    result = memrt("train", *TEXT, *SHORT, "--steps", 2, "training.push_to_hub=true")
-    assert result.code == 1
-    assert "training.push_to_hub=true: the Hub cannot be used ([Errno -2] Name" in result.error
-    assert "Traceback" not in result.err
+    # before the data is read and the run is planned, and where a Trainer makes its repository
+    for where in ("huggingface_hub.HfApi.whoami", "transformers.Trainer.init_hf_repo"):
+        monkeypatch.setattr(where, fail)
+        result = memrt("train", *TEXT, *SHORT, "--steps", 2, "training.push_to_hub=true")
+        assert result.code == 1
+        assert "training.push_to_hub=true: the Hub cannot be used ([Errno -2] Name" in result.error
+        assert "Traceback" not in result.err
+        assert ("peak" in result.err) is (where == "transformers.Trainer.init_hf_repo")
+        monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda *_, **__: {"name": "user"})
     # an error of another place keeps its own sentence
     with pytest.raises(OSError, match="disk"), hub_errors(SimpleNamespace(push_to_hub=False)):
         raise OSError("disk")
