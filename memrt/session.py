@@ -66,8 +66,8 @@ class Session:
         self._in_step = False
         self._probe_batches = probe_batches
         self._mark = [strategy.name for strategy in self.strategies]
+        refuse_second_session(model, self.strategies)  # it is why others may find no weights
         check_all(self.strategies, self.facts)
-        refuse_second_session(model, self.strategies)
         self._surgery = Surgery(model)
         self._observer = Observer(ledger)
         self._mover = Mover(model, self._observer)

@@ -279,6 +279,15 @@ def test_detaching_twice_is_harmless() -> None:
     assert _everything(model) == before
 
 
+def test_a_second_session_hears_of_the_first_and_not_of_what_that_did_to_the_model() -> None:
+    model = PlainModel()
+    run = memrt.prepare(model, ["galore(rank=4)"])
+    with pytest.raises(ValueError, match="already carries galore of another session"):
+        memrt.prepare(model, ["galore(rank=4)"])
+    run.detach()
+    memrt.prepare(model, ["galore(rank=4)"])
+
+
 # ---------------------------------------------------------------- the plain loop
 
 
