@@ -17,6 +17,7 @@ import os
 import shutil
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from glob import escape
 from pathlib import Path
 from pickle import UnpicklingError
@@ -32,6 +33,7 @@ from memrt.base_record import base_record, require_base
 from memrt.checkpoint_loading import has_weight_files, load_weights
 from memrt.checkpoint_saving import MAX_SHARD_BYTES, saving, write_json, write_text
 from memrt.errors import CheckpointWriteError
+from memrt.head_config import HeadConfig
 from memrt.registry import from_json
 from memrt.saved_settings import check_settings
 from memrt.session import STATE_VERSION
@@ -201,6 +203,11 @@ def check_state(folder: Path, strategies: Sequence[Strategy]) -> None:
 
     Settings of `exact` strategies may differ: they change no number.
     """
+    if not folder.is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint={str(folder)!r}: there is no such folder; name a checkpoint-N "
+            "of a run, or True for the last one"
+        )
     settings = _settings(folder)
     written = [] if settings is None else settings["strategies"]
     check_settings(written, strategies, source=str(folder))
@@ -303,7 +310,8 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
         model = self._bare_model()
         if self._recorded is None or self._recorded[0]() is not model:
             self._recorded = weakref.ref(model), base_record(model)
-        return self._recorded[1]
+        # transformers writes the kind of a classifier into its config in the first forward
+        return replace(self._recorded[1], head_config=HeadConfig.of(model))
 
     def _bare_model(self) -> nn.Module:
         model: nn.Module = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

@@ -171,6 +171,13 @@ def test_settings_of_an_exact_strategy_may_change(tmp_path: Path) -> None:
     assert_equal(weights(resumed), weights(whole))
 
 
+@pytest.mark.parametrize("strategies", [[], [SPEC]], ids=str)
+def test_a_checkpoint_that_is_not_there_is_named(strategies: list[str], tmp_path: Path) -> None:
+    named = str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=f"resume_from_checkpoint='{named}': there is no such"):
+        run(tmp_path, options={"strategies": strategies}, resume=named)
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "empty": lambda path: path.write_bytes(b""),
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-200]),
