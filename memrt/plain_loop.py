@@ -57,12 +57,7 @@ def prepare(
     _check_objects(stochastic_rounding, optimizer, probe_batches)
     given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     given["stochastic_rounding"] = stochastic_rounding
-    named = [f"{name}={value}" for name, value in given.items() if value is not None]
-    if optimizer is not None and named:
-        raise ValueError(
-            f"{', '.join(named)} would have no effect on optimizer={type(optimizer).__name__}; set "
-            "them in that optimizer, or leave it out"
-        )
+    _refuse_unheeded(given, optimizer)
     decay = 0.0 if weight_decay is None else weight_decay
     settings = RunSettings(
         learning_rate=1e-3 if lr is None else lr,
@@ -90,6 +85,16 @@ def prepare(
         run.detach()
         raise
     return run
+
+
+def _refuse_unheeded(given: Mapping[str, Any], optimizer: torch.optim.Optimizer | None) -> None:
+    """Settings of AdamW beside another optimizer."""
+    named = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if optimizer is not None and named:
+        raise ValueError(
+            f"{', '.join(named)} would have no effect on optimizer={type(optimizer).__name__}; set "
+            "them in that optimizer, or leave it out"
+        )
 
 
 def refuse_unused_rounding(run: Session, stochastic_rounding: bool) -> None:

@@ -14,7 +14,7 @@ an expert that no token goes to costs nothing, so the worst is not that all toke
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -84,7 +84,7 @@ class IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.routing = routing
         self.routed = False
         """Whether a model picked something by value, as a router picks its experts."""
-        self._constants = WeakIdKeyDictionary()
+        self._constants: MutableMapping[Tensor, _Constant] = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
         self,
