@@ -32,6 +32,9 @@ METHODS = {
     "int4_states": Method(strategies=("int4_states",), rate_of=BASELINE),
     "lisa": Method(strategies=("lisa(every=10)",)),
     "badam": Method(strategies=("badam(every=10)",)),
+    "badam, embeddings and head too": Method(
+        strategies=("badam(every=10, embeddings=True, head=True)",), rate_of="badam"
+    ),
     "galore": Method(strategies=("galore(rank=64, every=50)",), learning_rates=_LOW_RANK),
     "galore, gradient formed": Method(
         strategies=("galore(form='plain', rank=64, every=50)",), rate_of="galore"

@@ -30,6 +30,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import memrt
@@ -226,28 +227,30 @@ def _choose_rates(place: Workplace, groups: Sequence[str]) -> None:
         name = next(name for name, stack in STACKS.items() if stack.rates == group)
         tried = {}
         for rate in RATES[group].rates:
-            found = _once(
-                place.kept(f"{slug(name)}-{rate:g}"),
-                lambda name=name, rate=rate: train_stack(
-                    place,
-                    STACKS[name],
-                    seed=0,
-                    learning_rate=rate,
-                    evaluate_on=place.sst2.held_out,
-                ),
-            )
-            tried[rate] = {key: found[key] for key in ("accuracy", "loss")}
-            print(f"{name}: {rate:g} {found['accuracy']:.4f}", file=sys.stderr, flush=True)
+            found = [_held_out(place, name, rate, seed) for seed in range(RATES[group].seeds)]
+            tried[rate] = {key: fmean(run[key] for run in found) for key in ("accuracy", "loss")}
+            print(f"{name}: {rate:g} {tried[rate]['accuracy']:.4f}", file=sys.stderr, flush=True)
         best = min(tried, key=lambda rate: tried[rate]["loss"])  # smoother than accuracy
         kept = json.loads(RATES_FILE.read_text("utf-8")) if RATES_FILE.is_file() else {"groups": {}}
         kept["groups"][group] = {
             "stack": name,
             "chosen": best,
             "reason": RATES[group].reason,
+            "seeds": RATES[group].seeds,
             "held_out": {f"{rate:g}": value for rate, value in tried.items()},
             "settings": asdict(place.settings),
         }
         write_json(RATES_FILE, kept)
+
+
+def _held_out(place: Workplace, name: str, rate: float, seed: int) -> dict[str, Any]:
+    """A run that is judged by held-out rows; an earlier one where there is one."""
+    return _once(
+        place.kept(f"{slug(name)}-{rate:g}" + (f"-{seed}" if seed else "")),
+        lambda: train_stack(
+            place, STACKS[name], seed=seed, learning_rate=rate, evaluate_on=place.sst2.held_out
+        ),
+    )
 
 
 def _compare(place: Workplace, options: argparse.Namespace) -> None:
