@@ -27,9 +27,7 @@ because bitsandbytes decays before the update on the CPU and after it on CUDA.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -42,6 +40,7 @@ from memrt.kernels.dynamic_map import (
     num_blocks,
     quantize_blockwise_reference,
 )
+from memrt.kernels.hub_warning import without_hub_warning
 from memrt.kernels.stochastic_rounding import PIECE_ELEMENTS as ROUNDING_ELEMENTS
 from memrt.kernels.stochastic_rounding import SCRATCH_BYTES as ROUNDING_BYTES
 from memrt.kernels.stochastic_rounding import Rounding, stochastic_copy_
@@ -283,21 +282,9 @@ def _pieces(start: int, stop: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, stop))
 
 
-@contextmanager
-def _without_hub_warning() -> Iterator[None]:
-    """bitsandbytes warns on import that it found no CPU kernel on a hub; nothing here uses it."""
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
 def _bitsandbytes_update() -> Callable[..., None]:
     try:
-        with _without_hub_warning():
+        with without_hub_warning():
             from bitsandbytes.functional import optimizer_update_8bit_blockwise
     except ImportError as error:
         raise ImportError(

@@ -29,10 +29,8 @@ is a multiple of 16 and not of the block (relative error 0.62 instead of 0.09).
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -41,6 +39,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memrt.kernels.dynamic_map import dynamic_map
+from memrt.kernels.hub_warning import without_hub_warning
 from memrt.profiling.ledger import register_workspace
 
 __all__ = [
@@ -51,7 +50,6 @@ __all__ = [
     "nf4_dequantize_reference",
     "nf4_quantize",
     "nf4_quantize_reference",
-    "without_hub_warning",
 ]
 
 BLOCK_SIZE = 64
@@ -288,18 +286,6 @@ def _check_dtype(dtype: torch.dtype) -> None:
 @cache
 def _outer_map(device: torch.device) -> Tensor:
     return torch.tensor(dynamic_map(signed=True), device=device)
-
-
-@contextmanager
-def without_hub_warning() -> Iterator[None]:
-    """bitsandbytes warns on import that it found no CPU kernel on a hub; nothing here uses it."""
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _operators() -> Any:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import memrt
 from memrt.cli.arguments import Parser, UsageError, nearest_option
 from memrt.errors import NonFiniteLossError
+from memrt.kernels.hub_warning import without_hub_warning
 
 if TYPE_CHECKING:
     import argparse
@@ -64,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = "memrt" if command not in COMMANDS else f"memrt {command}"
     with_traceback = "--traceback" in words
     try:
-        return _run(words, command)
+        with without_hub_warning():
+            return _run(words, command)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED

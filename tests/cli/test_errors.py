@@ -299,6 +299,20 @@ def test_a_closed_pipe_does_not_lose_the_report(model_folder: Callable[..., Path
     assert (folder / "out" / "report.md").is_file()
 
 
+def test_help_is_all_that_asking_for_it_shows() -> None:
+    """transformers' Trainer imports bitsandbytes, which warns of a hub where it has no kernel."""
+    done = subprocess.run(
+        [sys.executable, "-m", "memrt", "train", "--help"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: memrt train")
+    assert done.stderr == ""
+
+
 # ---------------------------------------------------------------- stacks
 
 
