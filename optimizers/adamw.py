@@ -40,6 +40,7 @@ from torch.optim.optimizer import ParamsT
 from memrt.kernels.finite import all_finite
 from memrt.kernels.stochastic_rounding import Rounding, rounding_key
 from memrt.optimizers.formed_projection import FormedProjection
+from memrt.optimizers.moment_rotation import rotate_moments_
 from memrt.optimizers.parameter_counts import ParameterCounts
 from memrt.optimizers.parameter_groups import check_group, check_storages
 from memrt.optimizers.projection import Projection
@@ -193,6 +194,9 @@ class AdamW(torch.optim.Optimizer):
             return
         assert gradient.shape == projection.shape
         form = self._format_of(group, projection.shape)
+        rotation = projection.take_rotation()
+        if rotation is not None and self.state[weight]:
+            self._rotate_moments(weight, rotation, form, settings)
         state = self._state_of(weight, form, projection.shape)
         # from zero, with lr = 1 and no decay, the rule arrives at -N
         direction = torch.zeros(projection.shape, dtype=torch.float32, device=gradient.device)
@@ -206,6 +210,25 @@ class AdamW(torch.optim.Optimizer):
         if isinstance(projection, FormedProjection):
             options["correction"] = _bias_correction(state["step"], settings)
         projection.apply(weight, direction.neg_(), **options)
+
+    def _rotate_moments(
+        self, weight: nn.Parameter, rotation: Tensor, form: StateFormat, settings: AdamWSettings
+    ) -> None:
+        if form.name != "float32":
+            raise ValueError(
+                f"moments in {form.name} cannot follow a basis: every refresh would round them "
+                "once more; keep state_format='float32', or let moments stay as they are"
+            )
+        shape = self._projections[weight].shape
+        state = self._state_of(weight, form, shape)
+        rotate_moments_(
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            rotation,
+            is_left=shape[0] == rotation.shape[0],
+            betas=(settings.beta1, settings.beta2),
+            step=state["step"],
+        )
 
     def _rounding_key(
         self, parameter: nn.Parameter, group: dict[str, Any]

@@ -13,8 +13,9 @@ used, 4 · s · r of workspace; its columns are orthonormal to about a tenth. Gr
 through the same restored matrix.
 
 A refresh replaces the columns. Their signs are aligned to the old ones, diag(P_newᵀ P_old) >= 0
-(``align=False``: as they were found), and the moments are kept as they are, as GaLore keeps them.
-Rotating them along (M <- T M and V <- (T ∘ T) V, T = P_newᵀ P_old) and dropping them were tried and
+(``align=False``: as they were found), and the moments are kept as they are, as GaLore keeps them,
+or rotated along (``rotates=True``): the optimizer takes T = P_newᵀ P_old [r, r] with the next step
+(`memrt.optimizers.moment_rotation`). Rotating V by (T ∘ T) V alone and dropping them were tried and
 left out: on a Llama of width 96, rank 12, after 150 steps of 8 × 64 tokens at lr 5e-3, two seeds,
 the training loss was higher by .64 and .72 (dropped: .35, .25) with a refresh every 2 steps, by .30
 and .26 (.21, .13) every 10, by 0 and .06 (.24, .02) every 50. (CPU, torch 2.13, commit 2d23dd5;
@@ -61,6 +62,7 @@ class MovingBasis:
         lazy: float | None = None,
         format: BasisFormat = "float32",
         align: bool = True,
+        rotates: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         if format not in get_args(BasisFormat):
@@ -71,7 +73,8 @@ class MovingBasis:
         self.frozen = False
         self.pending = False
         self.device = torch.device(device)
-        self._align, self._format = align, format
+        self._align, self._rotates, self._format = align, rotates, format
+        self._rotation: Tensor | None = None  # of a move that the moments have not followed
         self._kept: dict[str, Tensor] = {}  # of _layout's names
 
     @property
@@ -127,8 +130,20 @@ class MovingBasis:
                 self.schedule.note(overlap(old, torch.where(sound, found, old)))
             for name, tensor in self._encoded(found).items():
                 self._kept[name] = torch.where(sound, tensor, self._kept[name])
+            if self._rotates:
+                self._rotation = torch.where(sound, self._rotation_from(old), _identity(old))
         self.refresh_count += 1
         self.pending = False
+
+    def _rotation_from(self, old: Tensor) -> Tensor:
+        new = self.matrix()
+        assert new is not None
+        return new.t() @ old
+
+    def take_rotation(self) -> Tensor | None:
+        """P_newᵀ P_old [r, r] of the last move, once; None where the moments need no rotation."""
+        rotation, self._rotation = self._rotation, None
+        return rotation
 
     def set(self, basis: Tensor, *, frozen: bool) -> None:
         """Put in a basis [size, k], which sets the rank to k; frozen, it is never refreshed."""
@@ -139,16 +154,17 @@ class MovingBasis:
         matrix = basis.detach().to(device=self.device, dtype=torch.float32, copy=True)
         self._kept = self._encoded(matrix)
         self.rank = basis.shape[1]
-        self.frozen, self.pending = frozen, False
+        self.frozen, self.pending, self._rotation = frozen, False, None
 
     def forget(self) -> None:
         """Free it, as when the weight stops training; its next gradient finds one."""
         if not self.frozen:
-            self._kept = {}
+            self._kept, self._rotation = {}, None
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that is held, by name."""
-        return self._kept | self.schedule.tensors()
+        rotation = {} if self._rotation is None else {"rotation": self._rotation}
+        return self._kept | rotation | self.schedule.tensors()
 
     def relocate(self, move: Callable[[Tensor], Tensor]) -> None:
         """Take `move` of every tensor in its place, as when the weight waits for its turn."""
@@ -158,6 +174,8 @@ class MovingBasis:
     def state_dict(self) -> dict[str, Any]:
         """What a later run needs between two steps; the basis only once there is one."""
         state: dict[str, Any] = dict(self._kept)
+        if self._rotation is not None:  # in the middle of a step
+            state["rotation"] = self._rotation
         state |= {"refresh_count": self.refresh_count, "frozen": self.frozen}
         return state | {"refresh_pending": self.pending, "schedule": self.schedule.state_dict()}
 
@@ -172,7 +190,13 @@ class MovingBasis:
                 f"{self._format}: resume with its rank and format"
             )
         self._kept = {name: tensor.to(self.device, copy=True) for name, tensor in saved.items()}
+        rotation = state.get("rotation")
+        self._rotation = None if rotation is None else rotation.to(self.device, copy=True)
         self.refresh_count = int(state["refresh_count"])
         self.pending = bool(state["refresh_pending"])
         self.frozen = bool(state["frozen"])
         self.schedule.load_state_dict(state["schedule"], device=self.device)
+
+
+def _identity(old: Tensor) -> Tensor:
+    return torch.eye(old.shape[1], dtype=torch.float32, device=old.device)

@@ -77,6 +77,10 @@ class FormedProjection(ABC):
         """The projected gradient (fp32) between ``receive`` and ``apply``."""
         return self._gradient
 
+    def take_rotation(self) -> Tensor | None:
+        """How the moments follow a move, [rank, rank], once; None where they stay."""
+        return None
+
     @torch.no_grad()
     def apply(
         self,

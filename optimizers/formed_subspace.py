@@ -73,6 +73,7 @@ class FormedSubspace(FormedProjection):
         solver: Solver = "gram",
         basis: BasisFormat = "float32",
         lazy: float | None = None,
+        rotates: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         if not 1 <= rank < min(shape):
@@ -92,6 +93,7 @@ class FormedSubspace(FormedProjection):
             lazy=lazy,
             format=basis,
             align=solver == "gram",
+            rotates=rotates,
             device=device,
         )
         self._scale, self._solver = scale, solver
@@ -114,6 +116,10 @@ class FormedSubspace(FormedProjection):
     def set_basis(self, basis: Tensor, *, frozen: bool = True) -> None:
         """Put in a basis [s, k], which sets the rank to k; frozen, it is never refreshed."""
         self._basis.set(basis, frozen=frozen)
+
+    def take_rotation(self) -> Tensor | None:
+        """P_newᵀ P_old of this step's refresh, once, where the moments are to follow it."""
+        return self._basis.take_rotation()
 
     def _projector(self, gradient: Tensor) -> Tensor:
         if self._basis.pending:

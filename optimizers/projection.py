@@ -31,6 +31,10 @@ class Projection(Protocol):
         """
         ...
 
+    def take_rotation(self) -> Tensor | None:
+        """How the moments follow a basis that moved, T [rank, rank], once; None: they stay."""
+        ...
+
     def apply(
         self,
         weight: Tensor,

@@ -67,6 +67,7 @@ class Subspace:
         norm: Literal["projected", "exact"] = "projected",
         basis: BasisFormat = "float32",
         lazy: float | None = None,
+        rotates: bool = False,
         seed: int = 0,
         index: int = 0,
         device: torch.device | str = "cpu",
@@ -88,6 +89,7 @@ class Subspace:
             offset=offset,
             lazy=lazy,
             format=basis,
+            rotates=rotates,
             device=device,
         )
         self._scale, self._norm = scale, norm
@@ -178,6 +180,10 @@ class Subspace:
     def gradient(self) -> Tensor | None:
         """The projected gradient (fp32), summed over the step; None if nothing arrived."""
         return self._gradient
+
+    def take_rotation(self) -> Tensor | None:
+        """P_newᵀ P_old of this step's refresh, once, where the moments are to follow it."""
+        return self._basis.take_rotation()
 
     def squared_norm(self) -> Tensor:
         """Return ‖R‖², or with "exact" ‖dW‖², as a 0-dim fp32 tensor; zero if nothing arrived."""

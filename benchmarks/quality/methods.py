@@ -39,6 +39,9 @@ METHODS = {
     "galore, gradient formed": Method(
         strategies=("galore(form='plain', rank=64, every=50)",), rate_of="galore"
     ),
+    "galore, moments rotated": Method(
+        strategies=("galore(rank=64, every=50, moments='rotated')",), rate_of="galore"
+    ),
     "galore + int8_states": Method(
         strategies=("galore(rank=64, every=50)", "int8_states"), rate_of="galore"
     ),

@@ -5,7 +5,9 @@ in the subspace of an orthonormal basis P [m, r]. With out < in the low-rank gra
 R = Pᵀ dW = (dY P)ᵀ X [r, in]; otherwise R = dW P = dYᵀ (X P) [out, r]. Both are exact, cheaper than
 dW itself for r < m n / (m + n), and linear, so that micro-batches accumulate in R. AdamW's
 direction N of R is applied as W ← W (1 - lr·wd) - lr·scale·P N (or N Pᵀ). P comes from sketches of
-dYᵀX, refreshed every `every` steps, warm-started and staggered over the layers; moments are kept.
+dYᵀX, refreshed every `every` steps, warm-started and staggered over the layers; moments are kept
+as they are, as GaLore keeps them, or follow the new basis (`moments="rotated"`: LDAdam's rule,
+`memrt.optimizers.moment_rotation`).
 
 Bytes per projected weight: basis 4 m r (`basis` has less; in a step that refreshes it the old one
 too, for a step that is skipped takes its refresh back), moments 8 n r (2.03 n r with
@@ -53,6 +55,7 @@ __all__ = ["Galore"]
 FORMS = ("gradient_free", "plain")
 NORMS = ("projected", "exact")
 BASES = ("float32", "bfloat16", "int4")
+MOMENTS = ("kept", "rotated")
 
 
 @register
@@ -70,6 +73,8 @@ class Galore(ProjectedStrategy):
         "projected" (the norm of R, at most the true one) or "exact" (the true norm; one micro-batch
         a step, at most one dW product). The plain form has the true norm by itself.
     basis: how P is kept: "float32" (4 bytes an element), "bfloat16" (2) or "int4" (.52).
+    moments: what a refresh does to them: "kept" (nothing) or "rotated" into the new basis (fp32
+        moments only; 16 n r of workspace).
     lazy: refresh a weight half as often whenever the last 5 refreshes found this much of the old
         subspace again (1 all of it, 0 no more than chance; Q-GaLore: .4); None for never.
     seed: of the random sketches of the gradient-free form.
@@ -81,6 +86,7 @@ class Galore(ProjectedStrategy):
     form: str = "gradient_free"
     norm: str = "projected"
     basis: str = "float32"
+    moments: str = "kept"
     lazy: float | None = None
     seed: int = 42
 
@@ -92,6 +98,8 @@ class Galore(ProjectedStrategy):
             raise ValueError(f"norm={self.norm!r}: use one of {', '.join(NORMS)}")
         if self.basis not in BASES:
             raise ValueError(f"basis={self.basis!r}: use one of {', '.join(BASES)}")
+        if self.moments not in MOMENTS:
+            raise ValueError(f"moments={self.moments!r}: use one of {', '.join(MOMENTS)}")
         if self.lazy is not None and not (is_number(self.lazy) and 0 < self.lazy <= 1):
             raise ValueError(
                 f"lazy={self.lazy!r}: must be a number above 0 and at most 1, or None for never"
@@ -133,7 +141,13 @@ class Galore(ProjectedStrategy):
             )
 
     def check_stack(self, others: Sequence[Strategy], facts: Facts) -> None:
-        """The head's own forward must run where its weight gets no gradient."""
+        """Rotated moments are fp32; the head itself runs where its weight gets no gradient."""
+        for other in others if self.moments == "rotated" else ():
+            if any(claim.slot is Slot.STATE_FORMAT for claim in other.claims(facts)):
+                raise ValueError(
+                    f"moments='rotated' would round the moments that {other.name} keeps once more "
+                    "at every refresh; leave one of them out"
+                )
         head = facts.structure.head
         if not self.is_gradient_free or f"{head}.weight" not in self.projected(facts):
             return
@@ -165,6 +179,7 @@ class Galore(ProjectedStrategy):
             "scale": self.scale,
             "basis": self.basis,
             "lazy": self.lazy,
+            "rotates": self.moments == "rotated",
             "device": device,
         }
         if not self.is_gradient_free:

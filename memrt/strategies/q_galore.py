@@ -52,6 +52,11 @@ class QGalore(Galore):
             raise ValueError(
                 f"state_format={self.state_format!r}: use one of {', '.join(STATE_FORMATS)}"
             )
+        if self.moments == "rotated" and self.state_format != "float32":
+            raise ValueError(
+                "moments='rotated' would round moments of 8 bits once more at every refresh; give "
+                "state_format='float32' too, or leave it out"
+            )
 
     def check(self, facts: Facts) -> None:
         """What `galore` needs, and what `int8_states` needs."""

@@ -75,6 +75,9 @@ class Lift:
     def gradient(self) -> Tensor | None:
         return self.low_rank
 
+    def take_rotation(self) -> Tensor | None:
+        return None
+
     def apply(
         self,
         weight: Tensor,

@@ -13,13 +13,22 @@ from torch.nn import functional
 
 import memrt
 from memrt.errors import ConflictError
+from memrt.optimizers.moment_rotation import rotate_moments_
 from memrt.optimizers.subspace import Subspace
 from memrt.profiling.accounts import Account
 from memrt.profiling.ledger import Ledger
 from memrt.runner import model_loss
 from memrt.session import Session
-from memrt.testing import PlainModel
-from tests.strategies.runs import assert_equal, batch_of, counted, gradients, model_of, states
+from memrt.testing import PlainModel, tiny_batches
+from tests.strategies.runs import (
+    assert_equal,
+    assert_planned,
+    batch_of,
+    counted,
+    gradients,
+    model_of,
+    states,
+)
 
 FAMILIES = ["llama", "gpt2", "bert", "plain"]
 NO_DROPOUT: dict[str, dict[str, Any]] = {
@@ -698,6 +707,97 @@ def test_under_autocast_the_products_stay_fp32() -> None:
             assert error <= 2 * 2**-8 * float(gradient.norm()), name
 
 
+# ---------------------------------------------------------------- rotated moments
+
+
+@pytest.mark.parametrize(("form", "count"), [("gradient_free", 1), ("plain", 2)])
+def test_a_refresh_rotates_the_moments(form: str, count: int) -> None:
+    """Until it, all bits are those of moments that stay; in it, R is the same."""
+    kept, rotated = (
+        memrt.prepare(
+            build("plain"), [f"galore(rank=4, every=2, form={form!r}, moments={moments!r})"]
+        )
+        for moments in ("kept", "rotated")
+    )
+    for run in (kept, rotated):
+        train(run, "plain", count=count)
+    assert_equal(weights(rotated.model), weights(kept.model))
+    assert kept.optimizer is not None
+    assert rotated.optimizer is not None
+    before = states(rotated.optimizer, rotated.model)
+    bases = {name: each.tensors()["basis"].clone() for name, each in subspaces(rotated).items()}
+    for run in (kept, rotated):
+        train(run, "plain", first=count, count=1)
+    moved = 0
+    for name, each in subspaces(rotated).items():
+        old, found = before[name], states(rotated.optimizer, rotated.model)[name]
+        other = states(kept.optimizer, kept.model)[name]
+        if each.refresh_count == 1:
+            assert torch.equal(found["exp_avg"], other["exp_avg"])
+            continue
+        moved += 1
+        expected = {key: old[key].clone() for key in ("exp_avg", "exp_avg_sq")}
+        rotate_moments_(
+            *expected.values(),
+            each.tensors()["basis"].t() @ bases[name],
+            is_left=each.side == "left",
+            betas=(0.9, 0.999),
+            step=torch.tensor(float(count)),
+        )
+        for key, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999)):
+            change = found[key] - other[key]  # the new R adds the same to both
+            truth = beta * (expected[key] - old[key])
+            largest = float(torch.maximum(found[key].abs(), other[key].abs()).max())
+            torch.testing.assert_close(change, truth, rtol=1e-5, atol=4 * EPS * largest)
+            assert change.abs().max() > 0
+    assert moved
+
+
+def test_the_first_basis_and_one_that_was_put_in_rotate_nothing() -> None:
+    run = memrt.prepare(build("plain"), ["galore(rank=4, every=1, moments='rotated')"])
+    backward(run, "plain")
+    for each in subspaces(run).values():
+        assert each.take_rotation() is None
+        each.clear()
+        each.set_basis(torch.eye(each.tensors()["basis"].shape[0])[:, :4])
+        assert each.take_rotation() is None
+
+
+def test_a_step_that_is_left_out_rotates_nothing() -> None:
+    """The next one refreshes from the same basis, and rotates then."""
+    run = memrt.prepare(build("plain"), ["galore(rank=4, every=2, moments='rotated')"])
+    other = memrt.prepare(build("plain"), ["galore(rank=4, every=2, moments='rotated')"])
+    for each in (run, other):
+        train(each, "plain", count=2)
+    with run.micro_batch():
+        run.backward(model_loss(run.model, batch_of("plain", seed=7)) * float("inf"))
+    run.step()
+    assert_equal(weights(run.model), weights(other.model))
+    assert all(each.take_rotation() is None for each in subspaces(run).values())
+    assert run.optimizer is not None
+    assert other.optimizer is not None
+    for name, state in states(run.optimizer, run.model).items():
+        assert_equal(state, states(other.optimizer, other.model)[name])
+
+
+def test_rotated_moments_are_planned_to_the_byte() -> None:
+    window = tiny_batches("llama", count=1)
+    spec = "galore(rank=4, every=1, moments='rotated')"
+    assert_planned(lambda: build("llama"), [spec], window)
+
+
+@pytest.mark.parametrize("other", ["int8_states", "fp8_states", "int4_states"])
+def test_moments_of_few_bits_are_not_rotated(other: str) -> None:
+    with pytest.raises(ConflictError, match=rf"moments='rotated' would round .* {other} keeps"):
+        memrt.prepare(build("llama"), ["galore(rank=4, moments='rotated')", other])
+    with pytest.raises(ValueError, match=r"moments='rotated' .* give state_format='float32'"):
+        memrt.prepare(build("llama"), ["q_galore(rank=4, moments='rotated')"])
+    run = memrt.prepare(
+        build("llama"), ["q_galore(rank=4, moments='rotated', state_format='float32', every=1)"]
+    )
+    train(run, "llama", count=3)
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -720,6 +820,7 @@ def test_a_model_without_targets_is_refused() -> None:
         ("galore(scale=0)", r"scale=0: must be"),
         ("galore(scale=True)", r"scale=True: must be"),
         ("galore(targets='head')", r"targets='head': use one of all, attention, mlp"),
+        ("galore(moments='reset')", r"moments='reset': use one of kept, rotated"),
         ("galore(norm='true')", r"norm='true': use one of projected, exact"),
     ],
 )

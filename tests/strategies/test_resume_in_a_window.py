@@ -19,6 +19,8 @@ METHODS = [
     "fira(rank=4, every=3)",
     "galore(rank=4, every=3)",
     "galore(rank=4, every=3, form='plain')",
+    "galore(rank=4, every=3, moments='rotated')",
+    "galore(rank=4, every=3, moments='rotated', form='plain')",
     "in_backward",
     "int8_states",
     "lisa(layers=1, every=2)",
