@@ -228,7 +228,7 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
         raw = self.optimizer
         while hasattr(raw, "optimizer"):  # accelerate's wrapper
             raw = raw.optimizer
-        if session.rules() and raw is not self._built:
+        if session.owns_optimizer() and raw is not self._built:
             raise _optimizer_conflict(type(raw).__name__, session)
         if session.optimizer is not raw:
             session.adopt_optimizer(raw)

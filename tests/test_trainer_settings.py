@@ -69,6 +69,8 @@ def test_several_devices_processes_and_custom_losses_reach_the_strategies(
         options={"strategies": [LISA], "compute_loss_func": lambda *_, **__: None},
     )
     assert trainer._run_settings().custom_loss
+    assert trainer.session is not None
+    trainer.session.detach()
     trainer.args._n_gpu = 2
     assert trainer._run_settings().data_parallel
     with pytest.raises(ConflictError, match="DataParallel"):
