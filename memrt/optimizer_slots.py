@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from memrt.session import Session
     from memrt.structure import Facts, RunSettings
 
-__all__ = ["build_optimizer", "composed_adamw", "first_match", "require_adamw", "wide_moments"]
+__all__ = [
+    "build_optimizer",
+    "composed_adamw",
+    "first_match",
+    "needs_memrt",
+    "require_adamw",
+    "wide_moments",
+]
 
 
 def require_adamw(facts: Facts) -> None:
@@ -45,6 +52,11 @@ def wide_moments(run: Session) -> list[Rule]:
     trained = (parameter for parameter in run.model.parameters() if parameter.requires_grad)
     narrow = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in trained)
     return composed_adamw(run) if narrow else []
+
+
+def needs_memrt(rules: Sequence[Rule]) -> bool:
+    """Whether rules bring what a user's optimizer has not; `composed_adamw` takes that as well."""
+    return any(rule.slot is not Slot.ACTIVE_SET for rule in rules)
 
 
 def first_match(

@@ -301,10 +301,6 @@ class Session:
         """The optimizer parts that strategies give, in phase order."""
         return [rule for attachment in self.attachments for rule in attachment.rules()]
 
-    def owns_optimizer(self) -> bool:
-        """Whether a strategy brings a part of it; who chooses what trains takes a user's too."""
-        return any(rule.slot is not Slot.ACTIVE_SET for rule in self.rules())
-
     def build_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The one optimizer of this run, composed from the strategies' rules.
 

@@ -23,6 +23,7 @@ from memrt.checkpoint import recover
 from memrt.errors import ConflictError, NonFiniteLossError
 from memrt.evaluation import EvaluationMixin
 from memrt.memory_report import MemoryReport, ReportMixin
+from memrt.optimizer_slots import needs_memrt
 from memrt.plain_loop import refuse_unused_rounding
 from memrt.session import Session
 from memrt.structure import RunSettings
@@ -228,7 +229,7 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
         raw = self.optimizer
         while hasattr(raw, "optimizer"):  # accelerate's wrapper
             raw = raw.optimizer
-        if session.owns_optimizer() and raw is not self._built:
+        if needs_memrt(session.rules()) and raw is not self._built:
             raise _optimizer_conflict(type(raw).__name__, session)
         if session.optimizer is not raw:
             session.adopt_optimizer(raw)

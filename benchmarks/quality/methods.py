@@ -23,6 +23,7 @@ class Method:
 _LOW_RANK = (1e-3, 3e-3, 1e-2)  # the papers' is 1e-2, for an update that is scaled down
 
 BASELINE = "adamw"
+_WHOLE = "{'modules_to_save': ['embed_tokens', 'lm_head']}"  # trained as they are
 _LADDER = "ladder(reduction=4, init='principal'"
 
 METHODS = {
@@ -55,6 +56,9 @@ METHODS = {
         overrides=("training.max_grad_norm=0",),  # it bounds every update itself
     ),
     "lora": Method(strategies=("peft(rank=16)",)),
+    "lora, embeddings and head too": Method(
+        strategies=(f"peft(rank=16, options={_WHOLE})",), rate_of="lora"
+    ),
     "lora + activation_checkpoint": Method(
         strategies=("peft(rank=16)", "activation_checkpoint"), rate_of="lora"
     ),
