@@ -180,6 +180,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--proxy-steps", type=int, default=40)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument(
+        "--busy",
+        action="store_true",
+        help="others computed here too: leave speeds out of the result",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: benchmarks/results")
     options = parser.parse_args(argv)
     data = Path(os.environ.get("MEMRT_DATA", "")).resolve()
@@ -204,6 +209,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     steps=options.steps,
                 )
             )
+            if options.busy:
+                rows[-1]["tokens_per_second"] = None
             record = make_record(
                 name="quality", claim=CLAIM, goal=GOAL, found=found, outcome=_outcome(rows, base)
             )
