@@ -9,7 +9,7 @@ is the result; methods whose update is the same, up to rounding, share their sho
 a `memrt train` in a folder of its own, so that its report holds loss, memory by account and speed.
 
 Resumable: a run that has its report is not repeated, so an interrupted command is given again.
-Budget on one core: about 40 minutes for the base model, then 3 hours (a minute a proxy, three a
+Budget on one core: about 40 minutes for the base model, then 4 hours (a minute a proxy, three a
 full run). The result is written after every method, to `--output`, from the runs of the
 tasks and methods that were asked for.
 """

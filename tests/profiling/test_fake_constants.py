@@ -7,11 +7,9 @@ import torch
 from transformers import BartConfig
 
 from memrt.loading import load
-from memrt.planning import Shape, batches_of, simulate
+from memrt.planning import Shape, batches_of
 from memrt.profiling.fake import fake_tensors, is_fake, real_integers
-from memrt.profiling.ledger import Ledger
-from memrt.runner import copied, start, train_step
-from memrt.structure import RunSettings
+from tests.strategies.runs import assert_planned
 
 
 def test_a_constant_that_is_read_as_booleans_is_real_until_it_is_written_to() -> None:
@@ -49,17 +47,5 @@ def test_a_decoder_that_is_given_no_mask_is_planned_to_the_byte() -> None:
     )
     config.encoder_attention_heads = config.decoder_attention_heads = 4
     config.decoder_ffn_dim, config.max_position_embeddings = 64, 32
-    settings = RunSettings(max_grad_norm=1.0)
     window = batches_of(config, Shape(batch_size=2, sequence_length=16))
-    planned = simulate(lambda: load(config), [], window, settings=settings)
-    model, ledger = load(config, seed=0), Ledger()
-    windows = [copied(window) for _ in range(2)]
-    with ledger:
-        run = start(model, [], settings=settings, ledger=ledger)
-        while windows:
-            train_step(run, windows.pop())
-    ledger.close()
-    counted = ledger.timeline.peak()
-    assert planned.peak.peak_bytes == counted.peak_bytes
-    assert planned.peak.accounts == counted.accounts
-    assert planned.phases() == ledger.timeline.phase_peaks()
+    assert_planned(lambda: load(config, seed=0), [], window)
