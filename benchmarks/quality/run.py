@@ -2,16 +2,19 @@
 
     MEMRT_DATA=folder python -m benchmarks.quality.run FOLDER                  # everything
     MEMRT_DATA=folder python -m benchmarks.quality.run FOLDER --task gsm8k --methods adamw galore
+    MEMRT_DATA=folder python -m benchmarks.quality.run FOLDER --speeds         # on a quiet machine
 
 Trains the base model if FOLDER has none (`base_model`). For every task and method three short runs
 choose a learning rate by the loss on a part of the held-out text, and one longer run with the best
 is the result; methods whose update is the same, up to rounding, share their short runs. Each run is
-a `memrt train` in a folder of its own, so that its report holds loss, memory by account and speed.
+a `memrt train` in a folder of its own, so that its report holds loss and memory by account.
 
 Resumable: a run that has its report is not repeated, so an interrupted command is given again.
 Budget on one core: about 40 minutes for the base model, then 4 hours (a minute a proxy, three a
 full run). The result is written after every method, to `--output`, from the runs of the
-tasks and methods that were asked for.
+tasks and methods that were asked for. Speeds are comparable only where nothing else computes, so
+they have runs of their own, one after another, that are always made anew: `--speeds`, about 40
+minutes for both tasks.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,7 @@ from benchmarks.quality.base_model import EVALUATION_TEXT, TRAINING_TEXTS, train
 from benchmarks.quality.methods import BASELINE, METHODS, Method
 from benchmarks.record import RESULTS, conditions, make_record, write_record
 from memrt.cli.main import main as memrt
+from memrt.memory_report import NUM_STEPS
 
 __all__ = ["TASKS", "main"]
 
@@ -41,6 +47,8 @@ TASKS: dict[str, dict[str, str]] = {
 }
 PART_CHARACTERS = 100_000
 """Of the held-out text that proxies are judged by; results are of all of it."""
+SPEED_STEPS = 50
+"""A refresh interval of the low-rank methods, and whole ones of the layerwise."""
 
 
 def held_out_part(folder: Path, data: Path) -> Path:
@@ -88,6 +96,24 @@ def _train(
     return found
 
 
+def _tokens_per_second(row: Mapping[str, Any], *, base: Path, data: Path) -> float:
+    """Of a run that evaluates nothing, behind the steps that the report counts."""
+    method = METHODS[row["method"]]
+    without = ("data.evaluation_path=null", "data.evaluation_fraction=0")
+    with tempfile.TemporaryDirectory() as folder:
+        report = _train(
+            Path(folder),
+            base=base,
+            data=data,
+            task=row["task"],
+            method=replace(method, overrides=(*method.overrides, *without)),
+            lr=row["learning_rate"],
+            steps=NUM_STEPS + SPEED_STEPS,
+        )
+    speed: float = report["tokens_per_second"]
+    return speed
+
+
 def _method_rows(
     name: str, *, folder: Path, data: Path, task: str, proxy_steps: int, steps: int
 ) -> dict[str, Any]:
@@ -120,10 +146,8 @@ def _method_rows(
         "learning_rate": best,
         "learning_rate_of": chooser,
         "proxy_losses": {f"{lr:g}": each["evaluation_loss"] for lr, each in proxies.items()},
-        **{
-            key: full[key] for key in ("evaluation_loss", "loss", "tokens_per_second", "peak_bytes")
-        },
-        "account_maxima": full["account_maxima"],
+        **{key: full[key] for key in ("evaluation_loss", "loss", "peak_bytes", "account_maxima")},
+        "tokens_per_second": None,
     }
 
 
@@ -143,26 +167,25 @@ def _base_loss(folder: Path, data: Path, task: str) -> float:
     return loss
 
 
-def _outcome(rows: list[dict[str, Any]], base: Mapping[str, float]) -> dict[str, Any]:
-    baseline = {row["task"]: row["evaluation_loss"] for row in rows if row["method"] == BASELINE}
-    summary = {
-        "base_evaluation_loss": dict(base),
-        "rows": [
-            {
-                **row,
-                "above_adamw": (
-                    row["evaluation_loss"] - baseline[row["task"]]
-                    if row["task"] in baseline
-                    else None
-                ),
-            }
-            for row in rows
-        ],
+def _beside_adamw(row: dict[str, Any], baseline: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A row with its loss and speed beside those of AdamW's, where there is one."""
+    speeds = row["tokens_per_second"], baseline and baseline["tokens_per_second"]
+    return {
+        **row,
+        "above_adamw": baseline and row["evaluation_loss"] - baseline["evaluation_loss"],
+        "of_adamws_speed": speeds[0] / speeds[1] if all(speeds) else None,
     }
+
+
+def _outcome(rows: list[dict[str, Any]], base: Mapping[str, float]) -> dict[str, Any]:
+    baseline = {row["task"]: row for row in rows if row["method"] == BASELINE}
     text = "; ".join(f"{row['task']} {row['method']}: {row['evaluation_loss']:.3f}" for row in rows)
     return {
         "repetitions": rows,
-        "summary": summary,
+        "summary": {
+            "base_evaluation_loss": dict(base),
+            "rows": [_beside_adamw(row, baseline.get(row["task"])) for row in rows],
+        },
         "met": None,
         "reason": f"held-out loss: {text}",
     }
@@ -181,9 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--proxy-steps", type=int, default=40)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument(
-        "--busy",
-        action="store_true",
-        help="others computed here too: leave speeds out of the result",
+        "--speeds", action="store_true", help="then measure speeds; nothing else may compute"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: benchmarks/results")
     options = parser.parse_args(argv)
@@ -196,6 +217,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if train_base_model(options.folder, data):
         return 1
     base, rows = {}, []
+
+    def write() -> None:
+        record = make_record(
+            name="quality", claim=CLAIM, goal=GOAL, found=found, outcome=_outcome(rows, base)
+        )
+        print(f"wrote {write_record(record, options.output)}", file=sys.stderr)
+
     for task in options.task:
         base[task] = _base_loss(options.folder, data, task)
         for name in options.methods:
@@ -209,12 +237,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                     steps=options.steps,
                 )
             )
-            if options.busy:
-                rows[-1]["tokens_per_second"] = None
-            record = make_record(
-                name="quality", claim=CLAIM, goal=GOAL, found=found, outcome=_outcome(rows, base)
+            write()
+    if options.speeds:
+        for row in rows:
+            row["tokens_per_second"] = _tokens_per_second(
+                row, base=options.folder / "model", data=data
             )
-            print(f"wrote {write_record(record, options.output)}", file=sys.stderr)
+        write()
     return 0
 
 

@@ -67,14 +67,19 @@ def test_a_comparison_is_resumed_and_leaves_a_record(
         return real(arguments)
 
     monkeypatch.setattr(run, "memrt", counted)
-    assert run.main([*words, "--methods", "adamw", "lisa"]) == 0
-    assert trained  # lisa's
-    assert all("lisa" in folder for folder in trained)
+    monkeypatch.setattr(run, "SPEED_STEPS", 1)
+    assert run.main([*words, "--methods", "adamw", "lisa", "--speeds"]) == 0
+    runs = [folder for folder in trained if str(tmp_path) in folder]
+    assert runs  # lisa's
+    assert all("lisa" in folder for folder in runs)
+    assert len(trained) == len(runs) + 2  # the speeds of both
     (path,) = tmp_path.glob("quality-*.json")
     record: dict[str, Any] = json.loads(path.read_text("utf-8"))
     check_record(record)
     adamw, lisa = record["summary"]["rows"]
     assert adamw["above_adamw"] == 0
+    assert lisa["tokens_per_second"] > 0
+    assert lisa["of_adamws_speed"] == lisa["tokens_per_second"] / adamw["tokens_per_second"]
     assert lisa["above_adamw"] == lisa["evaluation_loss"] - adamw["evaluation_loss"]
     assert lisa["account_maxima"]["optimizer"] < adamw["account_maxima"]["optimizer"]
     assert adamw["learning_rate"] in METHODS["adamw"].learning_rates

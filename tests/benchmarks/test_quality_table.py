@@ -19,6 +19,7 @@ def row_of(method: str, loss: float, above: float | None) -> dict[str, Any]:
         "peak_bytes": 3 << 20,
         "account_maxima": {"weights": 2 << 20, "activations": 1 << 20},
         "tokens_per_second": 1234.5,
+        "of_adamws_speed": 0.875,
     }
 
 
@@ -37,7 +38,7 @@ def test_every_task_has_a_table_that_says_what_is_missing() -> None:
     assert cells == [
         [
             *("| galore", "4.250", "+0.250", "0.001 (0.0003: 5.250, 0.001: 4.125, 0.003: none)"),
-            *("3", "2", "0", "0", "1", "0", "1,234 |"),
+            *("3", "2", "0", "0", "1", "0", "1,234 (0.88) |"),
         ]
     ]
     assert "Not in this result: int8_states;" in first
