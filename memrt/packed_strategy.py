@@ -21,6 +21,7 @@ from memrt.packed_weights import (
     note_packed,
     pack,
     packable,
+    packable_weights,
     packed_layers,
     unpack,
 )
@@ -98,12 +99,26 @@ class PackedStrategy(Strategy):
         )
 
     def check_stack(self, others: Sequence[Strategy], facts: Facts) -> None:
-        """Needs something that trains, for the model itself is frozen."""
+        """Needs something that trains, for the model itself is frozen, and one rule of what is."""
+        self._check_choice(others, facts)
         remain = not self._freezes(facts) and any(True for _ in facts.parameters())
         if not remain and not any(other.brings_parameters for other in others):
             raise ValueError(
                 f"every weight of the model is frozen under {self.name}, so that nothing is left "
                 'to train; add adapters, "peft(method=\'lora\')", or a side network, "ladder"'
+            )
+
+    def _check_choice(self, others: Sequence[Strategy], facts: Facts) -> None:
+        """Beside what freezes the model anyway, frozen weights do not say what is to be packed."""
+        brought = next((other.name for other in others if other.brings_parameters), None)
+        weights = packable_weights(facts, head=self.head, keep=self.keep)
+        trains = [name for name, weight in weights.items() if weight.requires_grad]
+        if brought is not None and 0 < len(trains) < len(weights):
+            raise ValueError(
+                f"{len(weights) - len(trains)} of the {len(weights)} weights that {self.name} "
+                f"packs are frozen and the others ({trains[0]}, say) train, but {brought} freezes "
+                "all of them; freeze all or none, and name what is to stay as it is: "
+                f"{self.name}(keep=[...])"
             )
 
     def _freezes(self, facts: Facts) -> bool:

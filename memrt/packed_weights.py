@@ -33,6 +33,7 @@ __all__ = [
     "note_packed",
     "pack",
     "packable",
+    "packable_weights",
     "packed_layers",
     "unpack",
 ]
@@ -162,10 +163,19 @@ def unpack(module: nn.Module) -> None:
 
 
 def packable(facts: Facts, *, head: bool = False, keep: tuple[str, ...] = ()) -> list[str]:
-    """Names of the linear layers that can be packed: those of the repeated layers, and the head.
+    """Names of the linear layers that are to be packed: the frozen ones, where there are any."""
+    found = packable_weights(facts, head=head, keep=keep)
+    frozen = [name for name, weight in found.items() if not weight.requires_grad]
+    return frozen or list(found)
 
-    Not those with a forward of their own, tied ones, nor (where the model has frozen ones) trained
-    ones, nor what a family keeps in fp32, since it looks at that weight's dtype (T5's `wo`).
+
+def packable_weights(
+    facts: Facts, *, head: bool = False, keep: tuple[str, ...] = ()
+) -> dict[str, nn.Parameter]:
+    """Weights that can be packed, by their layers' names: of the repeated layers, and the head.
+
+    Not those with a forward of their own, tied ones, nor what a family keeps in fp32, since it
+    looks at that weight's dtype (T5's `wo`).
     """
     model, structure = facts.model, facts.structure
     kept = (*keep, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
@@ -183,8 +193,7 @@ def packable(facts: Facts, *, head: bool = False, keep: tuple[str, ...] = ()) ->
             and not isinstance(_parent(model, name), nn.MultiheadAttention)
         ):
             found[name] = weight
-    frozen = [name for name, weight in found.items() if not weight.requires_grad]
-    return frozen or list(found)
+    return found
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

@@ -303,6 +303,19 @@ def test_settings_that_do_not_fit_are_refused(spec: str, message: str) -> None:
         memrt.prepare(tiny_model("gpt2"), [spec, PEFT])
 
 
+@pytest.mark.parametrize("other", [PEFT, "ladder(reduction=2)"])
+def test_frozen_weights_say_what_is_packed_only_where_nothing_freezes_the_rest(other: str) -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].requires_grad_(False)
+    expected = r"7 of the 28 weights that nf4 packs are frozen .*model\.layers\.1\..*keep=\[...\]"
+    with pytest.raises(ConflictError, match=expected):
+        memrt.prepare(model, ["nf4", other])
+    assert not packed_layers(model)
+    model.requires_grad_(False)
+    memrt.prepare(model, ["nf4", other])
+    assert len(packed_layers(model)) == 28
+
+
 def test_one_format_at_a_time() -> None:
     model = load(CONFIGS["llama"](), ["int8"])
     with pytest.raises(ConflictError, match="in the format int8 already; load the model with nf4"):
