@@ -64,6 +64,7 @@ METHODS = {
     ),
     "qlora": Method(strategies=("nf4", "peft(rank=16)"), rate_of="lora"),
     "ladder": Method(strategies=(_LADDER + ")",)),
+    "ladder, random start": Method(strategies=("ladder(reduction=4, init='random')",)),
     "ladder, low-rank taps": Method(strategies=(_LADDER + ", taps='low_rank')",)),
     "ladder, projected taps": Method(strategies=(_LADDER + ", taps='projected')",)),
     "ladder, pooled taps": Method(strategies=("ladder(reduction=4, taps='pooled')",)),
