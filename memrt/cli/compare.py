@@ -159,14 +159,14 @@ def _refusals(stacks: Sequence[Stack], model: Model, workload: Workload) -> dict
 
 def _measure(stack: Stack, workload: Workload, progress: Progress, name: str) -> dict[str, Any]:
     """One stack; a run that fails is a row with its reason."""
-    from memrt.errors import NonFiniteLossError
+    from memrt.errors import NonFiniteGradientError, NonFiniteLossError
     from memrt.measure import measure
 
     began = time.perf_counter()
     try:
         with progress.task(name, num_steps=len(workload.windows)) as advance:
             measured = measure(workload, stack.strategies, on_step=advance)
-    except (ValueError, MemoryError, NonFiniteLossError) as error:
+    except (ValueError, MemoryError, NonFiniteLossError, NonFiniteGradientError) as error:
         progress.say(f"{name}: failed: {error}")
         return _absent(stack, "failed", str(error))
     measured.pop("timeline")  # 500 points a stack, which nobody reads in a comparison

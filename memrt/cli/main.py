@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import memrt
 from memrt.cli.arguments import Parser, UsageError, nearest_option
-from memrt.errors import NonFiniteLossError
+from memrt.errors import NonFiniteGradientError, NonFiniteLossError
 from memrt.kernels.hub_warning import without_hub_warning
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ COMMANDS = {
 
 ERROR = 1
 INTERRUPTED = 130
+
+_USER_ERRORS = (ValueError, OSError, MemoryError, NonFiniteLossError, NonFiniteGradientError)
+"""Shown as one line; what else is raised is an error of ours and keeps its traceback."""
 
 _DESCRIPTION = """\
 Train models in less memory, and know where every byte is.
@@ -66,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with_traceback = "--traceback" in words
     try:
         with without_hub_warning():
-            return _run(words, command)
+            code = _run(words, command)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a pipe that nobody reads is no traceback
+        return code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -74,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `memrt compare | head`: nobody reads any more; keep Python from flushing into the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
-    except (ValueError, OSError, MemoryError, NonFiniteLossError) as error:
+    except _USER_ERRORS as error:
         if with_traceback:
             raise
         print(f"{name}: error: {_text(error)}", file=sys.stderr)

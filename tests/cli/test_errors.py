@@ -180,6 +180,22 @@ def test_programming_errors_keep_their_traceback(
         memrt("plan")
 
 
+def test_a_gradient_that_is_not_finite_is_one_line(
+    memrt: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from memrt.cli import plan
+    from memrt.errors import NonFiniteGradientError
+
+    def spoilt(arguments: Any) -> int:
+        raise NonFiniteGradientError(step=3, strategy="adalomo", checkpoint="run/checkpoint-2")
+
+    monkeypatch.setattr(plan, "run", spoilt)
+    result = memrt("plan")
+    assert result.code == 1
+    assert "memrt plan: error: a gradient is not finite at optimizer step 3" in result.err
+    assert "run/checkpoint-2" in result.error
+
+
 def test_traceback_shows_where_an_error_was_raised(memrt: Command) -> None:
     with pytest.raises(ValueError, match="is neither a known card nor a size"):
         memrt("plan", "--gpu", "x", "--traceback")
@@ -297,6 +313,23 @@ def test_a_closed_pipe_does_not_lose_the_report(model_folder: Callable[..., Path
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
     assert (folder / "out" / "report.md").is_file()
+
+
+def test_what_is_short_may_be_read_by_nobody_too() -> None:
+    """It lies in Python's buffer until the command has ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "memrt", "--version"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_help_is_all_that_asking_for_it_shows() -> None:
