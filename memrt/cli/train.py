@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         session.train()
     except KeyboardInterrupt:
-        print(_how_to_go_on(arguments.words, session), file=sys.stderr)
+        print(_how_to_go_on(arguments.words, words, session.last_checkpoint()), file=sys.stderr)
         raise
     return 0
 
@@ -70,10 +70,16 @@ def _settings(words: Words) -> TrainConfig:
     return resolve(words.config, words.settings, base=base)
 
 
-def _how_to_go_on(typed: list[str], session: Any) -> str:
-    checkpoint = session.last_checkpoint()
+def _how_to_go_on(typed: list[str], words: Words, checkpoint: str | None) -> str:
     if checkpoint is None:
         return "no checkpoint was saved yet; run the same command again to start anew"
     kept = [word for word in typed if word != "--overwrite"]
-    again = kept if any(word.startswith("--resume") for word in kept) else [*kept, "--resume"]
-    return f"saved up to {checkpoint}; go on with: memrt train {shlex.join(again)}"
+    if words.resume:
+        place = next(n for n, word in enumerate(kept) if word.partition("=")[0] == "--resume")
+        named = words.resume_from
+        del kept[place : place + (2 if named is not None and kept[place] == "--resume" else 1)]
+    # a checkpoint that was named is older than what was saved since, or of another run
+    newest = [] if words.resume_from is None else [checkpoint]
+    return f"saved up to {checkpoint}; go on with: memrt train " + shlex.join(
+        [*kept, "--resume", *newest]
+    )

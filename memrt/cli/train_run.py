@@ -55,13 +55,15 @@ class TrainRun:
         self.settings = settings
         self._words = words
         self._folder: RunFolder | None = None
+        self._began_from: str | None = None
         self._predicted: dict[str, Any] | None = None
         self._loading: dict[str, Any] = {}
         self._is_chosen = False
 
     def last_checkpoint(self) -> str | None:
-        """The newest whole checkpoint, if the run came that far."""
-        return None if self._folder is None else self._folder.last_checkpoint()
+        """The newest whole checkpoint, if the run came that far, or the one that it began from."""
+        newest = None if self._folder is None else self._folder.last_checkpoint()
+        return newest or self._began_from
 
     def train(self) -> None:
         """The whole run."""
@@ -73,6 +75,7 @@ class TrainRun:
         require_callbacks(self.settings.arguments.report_to)
         require_hub(self.settings.arguments)
         folder = self._claim()
+        self._began_from = None if folder.checkpoint is None else str(folder.checkpoint)
         _say(
             f"output: {folder.path}" + (f", from {folder.checkpoint}" if folder.checkpoint else "")
         )

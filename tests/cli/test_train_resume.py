@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from memrt.cli.train_console import ConsoleCallback
 from tests.cli.conftest import Command
 from tests.cli.train_runs import SHORT, assert_equal_weights, write_model, write_text
 
@@ -196,11 +199,48 @@ def test_there_must_be_something_to_resume(memrt: Command) -> None:
     assert "holds no checkpoint" in result.error
 
 
+def test_ctrl_c_names_what_was_saved_since_and_in_which_run(
+    memrt: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _train(memrt, *RUN, "--steps", 4, "--output", "whole")
+
+    def interrupted(where: str, *words: object) -> tuple[str, list[str]]:
+        def interrupt(*_: Any, **told: Any) -> None:
+            raise KeyboardInterrupt
+
+        def interrupt_late(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            if where == "plan":
+                patch.setattr("memrt.cli.train_run.predict", interrupt)
+            else:
+                patch.setattr(ConsoleCallback, "on_step_begin", interrupt_late, raising=False)
+            result = memrt("train", *words)
+        assert result.code == 130
+        [told] = [line for line in result.err.splitlines() if "go on with: " in line]
+        saved, _, again = told.partition("; go on with: memrt ")
+        return saved, shlex.split(again)[1:]
+
+    branch = ["--steps", "6", "--output", "branch"]
+    begin = "whole/checkpoint-2"
+    # before the run's folder is there: the words as they were typed
+    assert interrupted("plan", *RUN, *branch, "--resume", begin) == (
+        f"saved up to {begin}",
+        [*RUN, *branch, "--resume", begin],
+    )
+    saved, again = interrupted("step", f"--resume={begin}", *branch)
+    assert saved == "saved up to branch/checkpoint-4"
+    assert again == [*branch, "--resume", "branch/checkpoint-4"]
+    result = memrt("train", *again, "--json")
+    assert result.code == 0, result.err
+    assert result.report["resumed_from"] == "branch/checkpoint-4"
+
+
 def test_a_run_that_never_came_to_a_checkpoint_is_started_anew(
     memrt: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from memrt.cli.train_console import ConsoleCallback
-
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
