@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -68,12 +69,29 @@ def conditions_of(
 
 
 def deliver(report: dict[str, Any], folder: Path, *, as_json: bool) -> None:
-    """Print first, so that a full disk cannot lose the result; then write the files."""
-    if as_json:
-        print(json.dumps(report, indent=2, allow_nan=False))
-    else:
-        print_report(report)
-    sys.stdout.flush()
-    write_text(folder / "memrt" / "report.md", to_markdown(report))
-    write_text(folder / "memrt" / "report.html", to_html(report))
-    write_json(folder / "memrt" / "report.json", report)
+    """Print first, and write even where nobody reads what is printed.
+
+    So neither a full disk nor a closed pipe loses the result.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a Δ
+    try:
+        if as_json:
+            print(json.dumps(report, indent=2, allow_nan=False))
+        else:
+            print_report(report)
+        sys.stdout.flush()
+    finally:
+        _write(report, folder / "memrt")
+
+
+def _write(report: dict[str, Any], folder: Path) -> None:
+    try:
+        write_text(folder / "report.md", to_markdown(report))
+        write_text(folder / "report.html", to_html(report))
+        write_json(folder / "report.json", report)
+    except OSError as error:
+        raise OSError(
+            f"the report could not be written to {folder} ({error.strerror or error}); what was "
+            "trained is whole: free space, and run the command again with --resume"
+        ) from error

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import integration_utils
 
+from memrt.cli import train_report
 from memrt.cli.train_console import ConsoleCallback
 from memrt.cli.train_elsewhere import hub_errors
 from memrt.data import DataSettings, load_examples
@@ -207,6 +208,30 @@ def test_a_full_disk_is_one_line(memrt: Command, monkeypatch: pytest.MonkeyPatch
     assert "GiB free" in result.error
     assert "Traceback" not in result.err
     assert [path.name for path in Path("memrt-run").iterdir()] == ["memrt"]
+
+
+def test_a_report_is_written_where_nobody_reads_it_and_a_full_disk_is_told(
+    memrt: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: Any) -> None:
+        raise BrokenPipeError
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Path("run/memrt").mkdir(parents=True)
+    report = {"schema": "memrt.report/1", "kind": "train"}
+    monkeypatch.setattr(train_report, "to_markdown", lambda _: "text")
+    monkeypatch.setattr(train_report, "to_html", lambda _: "page")
+    monkeypatch.setattr(train_report, "print_report", gone)
+    with pytest.raises(BrokenPipeError):
+        train_report.deliver(report, Path("run"), as_json=False)
+    assert json.loads(Path("run/memrt/report.json").read_text()) == report
+    monkeypatch.setattr(train_report, "write_json", refuse)
+    with pytest.raises(
+        OSError, match=r"run/memrt .No space left .* run the command again with --r"
+    ):
+        train_report.deliver(report, Path("run"), as_json=True)
 
 
 def test_a_logger_that_is_not_installed_is_told_before_data_is_read(
