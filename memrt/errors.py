@@ -51,10 +51,15 @@ class NonFiniteLossError(FloatingPointError):
         self.step = step
         self.checkpoint = checkpoint
         saved = f"the last good checkpoint is {checkpoint}" if checkpoint else "none is saved yet"
-        super().__init__(
-            f"the loss is {loss} at optimizer step {step}; the step was not applied and {saved}. "
-            "Lower the learning rate, set max_grad_norm, or look at the batch of this step"
-        )
+        told = f"the loss is {loss} at optimizer step {step}"
+        remedy = "Lower the learning rate, set max_grad_norm, or look at the batch of this step"
+        if step == 1:
+            told += ", before anything was updated"
+            remedy = (
+                "The learning rate is not the cause: look for NaN in the weights that were "
+                "loaded, and for a batch whose labels are all -100"
+            )
+        super().__init__(f"{told}; the step was not applied and {saved}. {remedy}")
 
 
 class NonFiniteGradientError(FloatingPointError):

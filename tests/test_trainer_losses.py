@@ -127,6 +127,16 @@ def test_without_a_checkpoint_of_this_run_none_is_named(tmp_path: Path) -> None:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+def test_a_loss_that_was_never_finite_is_not_blamed_on_the_learning_rate(tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path)
+    for row in trainer.train_dataset:
+        row["labels"].fill_(-100)
+    with pytest.raises(NonFiniteLossError, match=r"step 1, before anything was updated") as caught:
+        trainer.train()
+    assert "labels are all -100" in str(caught.value)
+    assert "Lower the learning rate" not in str(caught.value)
+
+
 @pytest.mark.parametrize("how", ["argument", "transformers"])
 def test_it_can_be_left_on_as_in_transformers(how: str, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"stop_on_nonfinite": False}
