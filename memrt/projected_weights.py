@@ -79,9 +79,12 @@ class ProjectedStrategy(Strategy):
                         "a part of a module's name, or an expression for the whole name"
                     )
         elif not found:
+            place = "of" if self.targets == ALL_LINEAR else "in the layers of"
+            wider = {"all": ALL_LINEAR, ALL_LINEAR: None}.get(self.targets, "all")
+            widened = "" if wider is None else f"use targets={wider!r}, "
             raise ValueError(
-                f"targets={self.targets!r} matches no trainable linear weight in the layers of "
-                f"{kind}; use targets='all' or another strategy"
+                f"targets={self.targets!r} matches no trainable linear weight {place} {kind}; "
+                f"{widened}train some of them (requires_grad), or use another strategy"
             )
 
     def serves(self, module: nn.Module) -> bool:

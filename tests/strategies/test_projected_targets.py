@@ -47,6 +47,21 @@ def test_every_entry_must_match_something() -> None:
         memrt.prepare(model_of("llama"), ["galore(rank=4, targets=['mlp', 'k_prj'])"])
 
 
+@pytest.mark.parametrize(
+    ("targets", "remedy"),
+    [
+        ("mlp", "in the layers of .*; use targets='all', train some of them"),
+        ("all", "in the layers of .*; use targets='all-linear', train some of them"),
+        ("all-linear", "linear weight of [A-Za-z]+; train some of them .requires_grad., or use"),
+    ],
+)
+def test_a_frozen_model_is_not_told_to_use_what_it_uses(targets: str, remedy: str) -> None:
+    model = model_of("llama").requires_grad_(False)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(ConflictError, match=f"targets='{targets}' matches no .*{remedy}"):
+        memrt.prepare(model, [f"galore(rank=4, targets='{targets}')"])
+
+
 @pytest.mark.parametrize("spec", [NAMES, "galore(rank=4, targets='all-linear')"])
 def test_a_run_resumes_to_the_bit(spec: str, tmp_path: Path) -> None:
     options = {"strategies": [spec], "save_strategy": "steps", "save_steps": 3}
