@@ -4,7 +4,8 @@ Strategies undo or fold what they did to the model; state of optimizer, random n
 strategies stays behind. A checkpoint is never loaded as a model for that: its tensors (or those of
 the base that its adapters belong to) are read, made plain and written one module at a time
 (`memrt.plain_weights`, `memrt.weight_writer`). What cannot be done so is loaded whole, once:
-methods of PEFT that read or start from the weights, and strategies of third parties.
+methods of PEFT that read or start from the weights, adapters on experts that the base's files hold
+one by one, and strategies of third parties.
 
 A folder takes its name when it is whole, and only over nothing.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,8 @@ from memrt.checkpoint import MAX_SHARD_BYTES, SETTINGS_NAME, STATE_NAME, staged
 from memrt.checkpoint_weights import cast_plan
 from memrt.errors import CheckpointWriteError
 from memrt.export_source import Source
-from memrt.logits_check import LogitsCheck, compare_logits, logits_of
+from memrt.logits_check import LogitsCheck, compare_logits, logits_of, rounding_of
+from memrt.plain_weights import ScatteredWeightError
 from memrt.session import Session
 from memrt.trainer import MemoryMixin, unwrap_mixed_precision
 from memrt.weight_files import WeightFiles
@@ -167,13 +169,16 @@ def export_checkpoint(
     source = Source.open(checkpoint, base=base, task=task)
     reference = _reference(source) if verify else None
     with _sentence(target), staged(target) as folder:
+        done = None
         if source.is_streamed:
-            done = _write_streamed(source, folder, target, dtype, max_bytes, on_written)
-        else:
+            # found before a tensor is read, let alone written
+            with suppress(ScatteredWeightError):
+                done = _write_streamed(source, folder, target, dtype, max_bytes, on_written)
+        if done is None:
             done = _write_whole(source, folder, target, dtype, max_bytes)
         _copy_files(source, folder)
         if reference is not None:
-            done = replace(done, check=_checked(source, folder, *reference))
+            done = replace(done, check=_checked(folder, *reference))
     return done
 
 
@@ -276,15 +281,14 @@ def _sentence(target: Path) -> Iterator[None]:
 # ---------------------------------------------------------------- verifying
 
 
-def _reference(source: Source) -> tuple[torch.Tensor, set[torch.dtype]]:
-    """Logits of the run's own model, and the dtypes that it computes in."""
+def _reference(source: Source) -> tuple[torch.Tensor, float]:
+    """Logits of the run's own model, and how far rounding moves them."""
     model = source.run_model()
-    return logits_of(model), {model.dtype}
+    logits = logits_of(model)
+    return logits, rounding_of(model, logits)
 
 
-def _checked(
-    source: Source, folder: Path, reference: torch.Tensor, dtypes: set[torch.dtype]
-) -> LogitsCheck:
+def _checked(folder: Path, reference: torch.Tensor, rounding: float) -> LogitsCheck:
     kind = getattr(
         transformers, json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
     )
@@ -295,7 +299,7 @@ def _checked(
             f"verify=True: plain transformers finds {next(iter(odd))} in what was written "
             f"({sorted(map(str, next(iter(odd.values()))))[0]}); nothing was kept"
         )
-    check = compare_logits(reference, model, dtypes=dtypes | {model.dtype})
+    check = compare_logits(reference, model, rounding=rounding)
     if not check.passed:
         raise ValueError(
             f"verify=True: the exported model does not compute what the run's model computed: "

@@ -40,9 +40,13 @@ if TYPE_CHECKING:
 
     from memrt.packed_strategy import PackedStrategy
     from memrt.packed_weights import PackedFormat
-    from memrt.weight_files import WeightFiles
+    from memrt.weight_files import Assignment, WeightFiles
 
-__all__ = ["PlainWeights"]
+__all__ = ["PlainWeights", "ScatteredWeightError"]
+
+
+class ScatteredWeightError(ValueError):
+    """An adapted weight that the files hold in parts, such as experts one by one."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,7 +86,7 @@ class PlainWeights:
         for name, key in assignment.plain.items():
             base[name] = self._source(name, key, meta[name], formats)
         changed = {} if self.adapters is None else self._adapted(base)
-        self._refuse(changed, base, formats, assignment.converted)
+        self._refuse(changed, base, formats, assignment)
         provided = assignment.provided | changed.keys()
         self._settle(meta.keys() - provided, assignment.unexpected)
         target = cast_plan(self.model, self.dtype) if self.dtype is not None else None
@@ -212,7 +216,7 @@ class PlainWeights:
         changed: Mapping[str, Callable[[], Tensor]],
         base: Mapping[str, Any],
         formats: Mapping[str, Any],
-        converted: Mapping[str, Any],
+        assignment: Assignment,
     ) -> None:
         ties: Mapping[str, str] = self.model.all_tied_weights_keys
         for name in changed:
@@ -223,8 +227,10 @@ class PlainWeights:
                     f"{name} was adapted and is tied to {others[0]}, which was not: folding would "
                     "change both; keep the adapter, or train one that leaves tied weights alone"
                 )
-        for name in [*(converted.keys() & formats.keys()), *self._apart(changed, base)]:
-            raise ValueError(
+        for name in [*(assignment.converted.keys() & formats.keys()), *self._apart(changed, base)]:
+            scattered = self.adapters is not None and name in assignment.provided
+            kind = ScatteredWeightError if scattered else ValueError
+            raise kind(
                 f"{name} was packed or adapted, but the files do not hold it as one tensor; load "
                 "the model with its strategies and call memrt.export.export_run"
             )

@@ -21,7 +21,8 @@ __all__ = ["add_export_flags", "add_parser", "export", "run"]
 _DESCRIPTION = """\
 Write a checkpoint of a run as a plain Hugging Face folder: packed weights become dense, adapters
 are folded into the base, state of optimizer and strategies stays behind. Tensors are read, made
-plain and written one module at a time; the model is never in memory as a whole, unless --verify.
+plain and written one module at a time; the model is in memory as a whole only for --verify, and for
+adapters that cannot be folded so (see memrt merge).
 
   memrt export run/checkpoint-500 plain
   memrt export run/checkpoint-500 plain --base meta-llama/Llama-3.2-1B --dtype bf16 --verify

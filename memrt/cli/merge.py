@@ -15,7 +15,7 @@ _DESCRIPTION = """\
 Fold an adapter into the model that it was trained on, and write the result as a plain Hugging Face
 folder: PEFT's folders, and checkpoints of memrt runs with peft, over dense or packed (nf4, int8)
 weights. Base and adapter are read and written one module at a time; methods that read the base's
-weights (DoRA, PiSSA, LoHa, ...) load the base whole, once.
+weights (DoRA, PiSSA, LoHa, ...) and adapters on a mixture's experts load the base whole, once.
 
   memrt merge run/checkpoint-500 --base meta-llama/Llama-3.2-1B merged --verify
 

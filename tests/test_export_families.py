@@ -1,0 +1,61 @@
+"""Export of models that ask more of it: large weights, experts that files hold one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from memrt.export import export_checkpoint
+from memrt.testing import tiny_model
+
+# PEFT asks a model of transformers for a name that is to go
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+LARGE = 0.2
+"""Spread of weights that leave attention far from even, as training does: rounding moves more."""
+
+
+def _random_adapters(family: str, folder: Path) -> None:
+    """A base with large weights, and random adapters on every linear layer, by PEFT alone."""
+    torch.manual_seed(7)
+    model: Any = tiny_model(family, layers=2)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=LARGE)
+    model.save_pretrained(folder / "base")
+    base = type(model).from_pretrained(folder / "base")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(base, config).save_pretrained(folder / "adapter")
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "phi3"])
+def test_verification_passes_what_rounding_alone_moves(family: str, tmp_path: Path) -> None:
+    _random_adapters(family, tmp_path)
+    check = export_checkpoint(tmp_path / "adapter", tmp_path / "out", verify=True).check
+    assert check is not None
+    assert 0 < check.max_difference <= check.tolerance < 1e-4 * check.rms
+
+
+# PEFT doubles the rank of the fused projection, and then finds no module of that name
+@pytest.mark.filterwarnings("ignore:The following:RuntimeWarning")
+@pytest.mark.parametrize(("family", "num_folded"), [("mixtral", 14), ("deepseek_v3", 13)])
+def test_adapters_on_experts_that_files_hold_one_by_one(
+    family: str, num_folded: int, tmp_path: Path
+) -> None:
+    """They are folded, and the files hold one by one again what they held so before."""
+    _random_adapters(family, tmp_path)
+    done = export_checkpoint(tmp_path / "adapter", tmp_path / "out", verify=True)
+    assert done.num_folded == num_folded
+    written, base = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "base"))
+    assert {name: tensor.shape for name, tensor in written.items()} == {
+        name: tensor.shape for name, tensor in base.items()
+    }
+    experts = [name for name in base if ".experts." in name]
+    assert len(experts) >= 4 * 3
+    assert not [name for name in experts if torch.equal(written[name], base[name])]
