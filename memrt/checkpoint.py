@@ -30,7 +30,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rota
 
 from memrt.adapters import has_adapter_files, load_adapters
 from memrt.base_record import base_record, require_base
-from memrt.checkpoint_loading import has_weight_files, load_weights
+from memrt.checkpoint_loading import (
+    TRAINER_STATE_NAME,
+    has_weight_files,
+    load_weights,
+    require_readable,
+)
 from memrt.checkpoint_saving import MAX_SHARD_BYTES, saving, write_json, write_text
 from memrt.errors import CheckpointWriteError
 from memrt.head_config import HeadConfig
@@ -67,7 +72,6 @@ __all__ = [
 
 STATE_NAME = "memrt_state.pt"
 SETTINGS_NAME = "memrt_state.json"
-TRAINER_STATE_NAME = "trainer_state.json"
 
 # Neither matches transformers' `^checkpoint-(\d+)$`, and the leading underscore is in the list of
 # names that its Trainer never uploads.
@@ -327,6 +331,7 @@ class CheckpointMixin(_Trainer):  # type: ignore[misc]
         """Weights; refused before they are read when other strategies wrote the checkpoint."""
         folder = Path(resume_from_checkpoint)
         check_state(folder, self._strategies)
+        require_readable(folder, exact=bool(self._strategies) and not self._is_sharded)
         if self._strategies:
             self._resuming = load_state(folder, self._strategies, mapped=self._has_device)
         whole = not self._load_beside(folder)

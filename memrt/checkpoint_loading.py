@@ -1,5 +1,7 @@
 """The weights of a checkpoint, copied into a model that is there, one tensor at a time.
 
+And whether the rest of it is whole, asked before anything is loaded.
+
 transformers' Trainer reads a whole file into host memory first, and copies by name alone: experts
 that are saved one by one and fused in the model (Mixtral, since transformers 5) find no name, and
 the run goes on with the experts that it began with. Here names follow the rules of
@@ -10,21 +12,67 @@ Host memory: the largest tensor; where parts are fused, twice the fused tensor.
 
 from __future__ import annotations
 
+import zipfile
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from memrt.model_source import weight_source
 from memrt.weight_files import WeightFiles, assign
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
-__all__ = ["has_weight_files", "load_weights"]
+__all__ = [
+    "TRAINER_STATE_NAME",
+    "damage",
+    "has_weight_files",
+    "load_weights",
+    "read_trainer_state",
+    "require_readable",
+]
+
+TRAINER_STATE_NAME = "trainer_state.json"
+
+_NEEDED = ("optimizer.pt", "scheduler.pt")
+"""Without one of them transformers begins with a new optimizer, and says nothing."""
+
+
+def read_trainer_state(folder: Path) -> TrainerState:
+    """Step, history and intervals; `ValueError` where they cannot be read."""
+    path = folder / TRAINER_STATE_NAME
+    try:
+        return TrainerState.load_from_json(str(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    except TypeError as error:
+        raise ValueError(f"{path} is damaged, or of another transformers ({error})") from error
+
+
+def damage(folder: Path) -> Iterator[str]:
+    """What of a checkpoint beside its weights is cut or cannot be read; reads headers only."""
+    for path in sorted((*folder.glob("*.pt"), *folder.glob("*.pth"))):
+        if not zipfile.is_zipfile(path):
+            yield f"{path} is damaged (it is no file that torch.save wrote whole)"
+    try:
+        read_trainer_state(folder)
+    except ValueError as error:
+        yield str(error)
+
+
+def require_readable(folder: Path, *, exact: bool) -> None:
+    """Refuse a checkpoint that is damaged, or, where a run must go on exactly, not whole."""
+    problems = list(damage(folder))
+    if exact:
+        problems += [f"{folder} lacks {n}" for n in _NEEDED if not (folder / n).is_file()]
+    if problems:
+        raise ValueError(f"{problems[0]}; resume from another checkpoint")
 
 
 def has_weight_files(folder: Path) -> bool:

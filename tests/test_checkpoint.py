@@ -194,6 +194,30 @@ def test_damaged_state_is_refused_before_anything_changes(damage: str, tmp_path:
     refused(tmp_path, [SPEC], f"{STATE_NAME} is (damaged|missing)")
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "strategies", "match"),
+    [
+        ("trainer_state.json", "cut", [], "trainer_state.json is damaged"),
+        ("trainer_state.json", "newer", [SPEC], "is damaged, or of another transformers.*'news'"),
+        ("trainer_state.json", "gone", [], "trainer_state.json is missing"),
+        ("optimizer.pt", "half", [], "optimizer.pt is damaged"),
+        ("rng_state.pth", "empty", [], "rng_state.pth is damaged"),
+        ("optimizer.pt", "gone", [SPEC], "lacks optimizer.pt"),
+        ("scheduler.pt", "gone", [SPEC], "lacks scheduler.pt"),
+    ],
+)
+def test_what_transformers_reads_is_refused_in_one_sentence_too(
+    name: str, damage: str, strategies: list[str], match: str, tmp_path: Path
+) -> None:
+    run(tmp_path, options={"strategies": strategies}, max_steps=2, **SAVING)
+    path = tmp_path / "checkpoint-2" / name
+    if damage == "newer":
+        path.write_text(json.dumps({**json.loads(path.read_text()), "news": 1}))
+    else:
+        DAMAGE[damage](path)
+    refused(tmp_path, strategies, f"checkpoint-2.*{match}.*; resume from another checkpoint$")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"version": 1}'])
 def test_damaged_settings_are_refused(text: str, tmp_path: Path) -> None:
     run(tmp_path, options={"strategies": [SPEC]}, max_steps=2, **SAVING)

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
 from memrt.checkpoint import check_state, recover, write_json, write_text
+from memrt.checkpoint_loading import TRAINER_STATE_NAME, damage
 from memrt.cli.train_config import TrainConfig
 from memrt.cli.train_keys import keys
 from memrt.cli.train_length import checkpoints_in, require_longer
@@ -254,17 +254,11 @@ def _damage(checkpoint: Path) -> Iterator[str]:
                 pass
         except (SafetensorError, OSError) as error:
             yield f"{path} is damaged ({error})"
-    for path in sorted((*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"))):
-        if not zipfile.is_zipfile(path):
-            yield f"{path} is damaged (it is no file that torch.save wrote whole)"
-    state = checkpoint / "trainer_state.json"
-    if not weights or not state.is_file() or not (checkpoint / "optimizer.pt").is_file():
+    needed = (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt")
+    lacking = [name for name in needed if not (checkpoint / name).is_file()]
+    if lacking or not weights:
         yield (
-            f"{str(checkpoint)!r} lacks weights, optimizer or trainer_state.json (was it written "
-            "with save_only_model?)"
+            f"{str(checkpoint)!r} lacks {', '.join(lacking) or 'weights'} (was it written with "
+            "save_only_model?)"
         )
-        return
-    try:
-        json.loads(state.read_text(encoding="utf-8"))
-    except ValueError as error:
-        yield f"{state} is damaged ({error})"
+    yield from damage(checkpoint)

@@ -6,9 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerState
-
-from memrt.checkpoint import TRAINER_STATE_NAME
+from memrt.checkpoint_loading import read_trainer_state
 
 __all__ = ["checkpoints_in", "require_longer"]
 
@@ -31,7 +29,7 @@ def require_longer(checkpoint: Path, arguments: Any, *, num_examples: int | None
     else:
         total = _steps(arguments, num_examples)
         said = f"training.num_train_epochs={arguments.num_train_epochs:g}, {total} steps"
-    step = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).global_step
+    step = read_trainer_state(checkpoint).global_step
     if total >= step:
         return
     earlier = [path for n, path in checkpoints_in(checkpoint.parent).items() if n <= total]

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, TrainerState
+from transformers import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from memrt.checkpoint import TRAINER_STATE_NAME, load_state
+from memrt.checkpoint import load_state
+from memrt.checkpoint_loading import read_trainer_state
 from memrt.cli.train_budget import with_saved_choice, within_budget
 from memrt.cli.train_classes import (
     classifier_of,
@@ -225,7 +226,7 @@ class TrainRun:
             assert trainer.session is not None
             state = load_state(checkpoint, self.settings.strategies)
             trainer.session.load_strategy_state(state)
-        trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        trainer.state = read_trainer_state(checkpoint)
 
     def _evaluate(self, trainer: Trainer) -> None:
         """At the end, unless the last step was evaluated and is what is kept."""
@@ -273,7 +274,7 @@ def _with_phases(counted: dict[str, Any], earlier: dict[str, Any]) -> dict[str, 
 
 def _steps_left(trainer: Trainer, checkpoint: Path) -> int:
     """Steps from a checkpoint to the end; tells where the end is another than when it was saved."""
-    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    state = read_trainer_state(checkpoint)
     loader = trainer.get_train_dataloader()
     total = int(trainer.set_initial_training_values(trainer.args, loader)[-1])
     left = total - int(state.global_step)

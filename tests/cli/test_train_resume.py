@@ -167,7 +167,8 @@ def test_data_that_changed_in_place_is_noticed(memrt: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"]
+    "name",
+    ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
 )
 def test_a_damaged_checkpoint_names_the_one_before(memrt: Command, name: str) -> None:
     _train(memrt, *RUN, "--steps", 4)
@@ -177,6 +178,12 @@ def test_a_damaged_checkpoint_names_the_one_before(memrt: Command, name: str) ->
     assert result.code == 1
     assert f"{path} is damaged" in result.error
     assert result.error.endswith("--resume memrt-run/checkpoint-2")
+    path.unlink()
+    result = memrt("train", "--resume")
+    lacks = "weights" if name == "model.safetensors" else name
+    if name != "rng_state.pth":
+        assert f"'memrt-run/checkpoint-4' lacks {lacks} (was it" in result.error
+        assert result.error.endswith("--resume memrt-run/checkpoint-2")
     _train(memrt, "--resume", "memrt-run/checkpoint-2")
 
 
