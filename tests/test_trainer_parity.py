@@ -13,6 +13,7 @@ import memrt
 from memrt import registry
 from memrt.testing import FAMILIES
 from tests.trainer_runs import (
+    CHECKPOINTING,
     Recorder,
     assert_equal,
     examples,
@@ -26,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "bf16": {"bf16": True},
     "accumulation": {"gradient_accumulation_steps": 5},  # 12 batches an epoch: the last is ragged
-    "checkpointing": {"gradient_accumulation_steps": 4, "activation_checkpointing": True},
+    "checkpointing": {"gradient_accumulation_steps": 4, CHECKPOINTING: True},
     "no_clipping": {"max_grad_norm": 0.0},
     "best": {
         "eval_strategy": "steps",

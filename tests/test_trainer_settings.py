@@ -15,6 +15,7 @@ from memrt.errors import ConflictError
 from memrt.structure import RunSettings
 from tests.contract import SPECS
 from tests.trainer_runs import (
+    CHECKPOINTING,
     model_of,
     run,
     trainer_of,
@@ -35,7 +36,7 @@ def test_the_arguments_become_the_run_s_settings(tmp_path: Path) -> None:
         weight_decay=0.1,
         max_grad_norm=0.5,
         gradient_accumulation_steps=3,
-        activation_checkpointing=True,
+        **{CHECKPOINTING: True},
         label_smoothing_factor=0.2,
         seed=5,
     )
@@ -84,9 +85,9 @@ def test_several_devices_processes_and_custom_losses_reach_the_strategies(
 def test_checkpointing_by_transformers_and_by_memrt_is_refused(tmp_path: Path) -> None:
     options = {"strategies": ["activation_checkpoint"]}
     with pytest.raises(ConflictError, match="gradient_checkpointing=True and activation_checkp"):
-        trainer_of(tmp_path, options=options, activation_checkpointing=True)
+        trainer_of(tmp_path, options=options, **{CHECKPOINTING: True})
     model = model_of("llama")
-    model.activation_checkpointing_enable()
+    getattr(model, f"{CHECKPOINTING}_enable")()
     with pytest.raises(ConflictError, match="both own the recompute"):
         trainer_of(tmp_path, options=options, model=model)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from memrt import MemoryMixin
 from memrt.errors import ConflictError
 from memrt.tokenization import byte_level_tokenizer
-from tests.trainer_runs import assert_equal, history, weights
+from tests.trainer_runs import CHECKPOINTING, assert_equal, history, weights
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 
@@ -24,11 +23,6 @@ class MemorySFTTrainer(MemoryMixin, trl.SFTTrainer):  # type: ignore[misc]
     """What the README tells people to write."""
 
 
-CHECKPOINTING = next(  # the name changed within transformers 5
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-)
 SENTENCES = [
     f"the {noun} sat on the {place}"
     for noun in ("cat", "dog", "owl", "fox")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import gc
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from memrt.profiling.log_values import is_log_value
 from memrt.testing import FAMILIES, tiny_batches, tiny_model
 
 __all__ = [
+    "CHECKPOINTING",
     "Recorder",
     "arguments",
     "assert_equal",
@@ -29,6 +31,12 @@ __all__ = [
     "trainer_of",
     "weights",
 ]
+
+CHECKPOINTING = next(  # the name changed within transformers 5
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+)
 
 DROPOUT = {"llama": {"attention_dropout": 0.1}, "gpt2": {}, "bert": {}, "plain": {}}
 """Overrides that turn dropout on (GPT-2 and BERT have it by default)."""

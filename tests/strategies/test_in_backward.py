@@ -458,15 +458,15 @@ def test_reentrant_checkpointing_is_refused_before_the_first_update(
     form: str, tmp_path: Path
 ) -> None:
     model = model_of("llama")
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpointing = trainer_runs.CHECKPOINTING
+    getattr(model, f"{checkpointing}_enable")({"use_reentrant": True})
     with pytest.raises(ConflictError, match=r"use_reentrant=True.*'use_reentrant': False"):
         memrt.prepare(model, [form])
     trainer = trainer_runs.trainer_of(
         tmp_path,
         options={"strategies": [form]},
         max_grad_norm=FORMS[form],
-        activation_checkpointing=True,
-        activation_checkpointing_kwargs={"use_reentrant": True},
+        **{checkpointing: True, f"{checkpointing}_kwargs": {"use_reentrant": True}},
     )
     before = trainer_runs.weights(trainer)
     with pytest.raises(ValueError, match="use_reentrant=True"):
