@@ -141,7 +141,11 @@ def resolve(
             tree[name] = keys()[name].default if base is None else base.values[name]
     for word, texts in words:
         name = find_key(word)
-        OmegaConf.update(tree, name, _parsed(name, texts), force_add=True)
+        try:
+            OmegaConf.update(tree, name, _parsed(name, texts), force_add=True)
+        except OmegaConfBaseException as error:  # "${" that nothing closes
+            reason = str(error.msg or error).partition("\n")[0]
+            raise ValueError(f"{word}={' '.join(texts)!r}: {reason}") from error
     try:
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -174,11 +178,14 @@ def _read(file: str) -> DictConfig:
         raise ValueError(f"{file}: not a readable YAML file: {_one_line(error)}") from error
     if not isinstance(tree, DictConfig):
         raise ValueError(f"{file}: must hold keys with values; `memrt train --help` lists them")
-    for section in ("model", "data"):  # `model: name` is short for `model: {path: name}`
-        raw = OmegaConf.to_container(tree, resolve=False)
-        assert isinstance(raw, dict)
-        if isinstance(raw.get(section), str):
-            tree[section] = {"path": raw[section]}
+    raw = OmegaConf.to_container(tree, resolve=False)
+    assert isinstance(raw, dict)
+    for section in SECTIONS:
+        value = raw.get(section)
+        if isinstance(value, str) and section != "training":
+            tree[section] = {"path": value}  # `model: name` is short for `model: {path: name}`
+        elif value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"{section}={value!r}: must be a section with keys")  # words add to it
     return tree
 
 

@@ -256,5 +256,8 @@ def unknown_key(name: str) -> ValueError:
         candidates |= {each: each for each in SECTIONS} | ALIASES
     close = get_close_matches(name, candidates, n=1, cutoff=0.6)
     close = close or get_close_matches(last, candidates, n=1, cutoff=0.6)
-    hint = f"; did you mean {candidates[close[0]]!r}?" if close else ""
+    meant = candidates[close[0]] if close else None
+    if section and ALIASES.get(last, "").startswith(f"{section}."):
+        meant = ALIASES[last]  # training.lr: a short name is whole by itself
+    hint = "" if meant is None else f"; did you mean {meant!r}?"
     return ValueError(f"unknown key {name!r}{hint or '; `memrt train --help` lists the keys'}")

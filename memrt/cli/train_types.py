@@ -30,7 +30,22 @@ def require_type(name: str, hint: Any, value: Any) -> None:
         nearest = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"{name}={value!r}: must be {in_words(hint)}{nearest}")
     if not any(_accepts(branch, value) for branch in branches):
+        items = [_items(branch) for branch in branches if _is_list(branch)]
+        if isinstance(value, list) and items:
+            wrong = next(i for i in value if not any(_accepts(b, i) for b in _branches(items[0])))
+            raise ValueError(
+                f"{name}={value!r}: {_shown(wrong)} in the list must be {in_words(items[0])}"
+            )
         raise ValueError(f"{name}={_shown(value)}: must be {in_words(hint)}")
+
+
+def _is_list(hint: Any) -> bool:
+    return (typing.get_origin(hint) or hint) is list
+
+
+def _items(hint: Any) -> Any:
+    """What the items of a list are."""
+    return (typing.get_args(hint) or (Any,))[0]
 
 
 def _branches(hint: Any) -> tuple[Any, ...]:
@@ -81,7 +96,7 @@ def _accepts(hint: Any, value: Any) -> bool:
     if origin is dict:
         return isinstance(value, Mapping)
     if origin is list:
-        inner = _branches((typing.get_args(hint) or (Any,))[0])
+        inner = _branches(_items(hint))
         return isinstance(value, list) and all(
             any(each is Any or _accepts(each, item) for each in inner) for item in value
         )

@@ -126,7 +126,8 @@ ON = ["model=m", "data=d.txt"]
 BAD = [
     (["learning_rte=1"], "unknown key 'learning_rte'; did you mean 'training.learning_rate'?"),
     (["--learning-rte", "1"], "did you mean 'training.learning_rate'?"),
-    (["training.lr=1"], "unknown key 'training.lr'"),
+    (["training.lr=1"], "unknown key 'training.lr'; did you mean 'training.learning_rate'?"),
+    (["training.batch_size=1"], "did you mean 'training.per_device_train_batch_size'?"),
     (["data.pth=x"], "unknown key 'data.pth'; did you mean 'data.path'?"),
     (["--path", "x"], "'path' is in more than one section: name model.path or data.path"),
     (["training.learning_rate=fast"], "training.learning_rate='fast': must be a number"),
@@ -158,6 +159,19 @@ BAD = [
     (["--lr", ".nan"], "lr=nan: training.learning_rate must be a number from 0"),
     (["memory_budget=24"], "memory_budget='24': 24 would be bytes; did you mean 24GiB?"),
     (["memory_budget=much"], "memory_budget='much' is neither a known card nor a size"),
+    (["--strategies", "[lisa, [galore]]"], "['galore'] in the list must be text or a mapping"),
+    (["data.columns=[a, 2]"], "data.columns=['a', 2]: 2 in the list must be text"),
+    (["separator=${"], "separator='${': "),
+    (["--output", "${x"], "output='${x': "),
+    (["warmup_steps=.nan"], "warmup_steps=nan: training.warmup_steps must be a number from 0"),
+    (["label_smoothing_factor=2"], "training.label_smoothing_factor must be a number from 0"),
+    (["neftune_noise_alpha=-1"], "training.neftune_noise_alpha must be a number from 0"),
+    (["dataloader_num_workers=-1"], "training.dataloader_num_workers must be at least 0"),
+    (["data_seed=99999999999999999999"], "training.data_seed must be from 0 to 4294967295"),
+    (["seed=4294967296"], "seed=4294967296: must be from 0 to 4294967295"),
+    (["--save-steps", "0"], "save-steps=0: training.save_steps must be above 0, or set training.s"),
+    (["logging_steps=-1"], "training.logging_steps must be above 0"),
+    (["eval_strategy=steps", "eval_steps=0", "evaluation_fraction=.1"], "eval_steps must be abo"),
     (["trainig=1"], "unknown key 'trainig'; did you mean 'training'?"),
     (["-x"], "unknown argument '-x'"),
     (["a.yaml", "b.yaml"], "unexpected 'b.yaml' after the config file 'a.yaml'"),
@@ -206,6 +220,16 @@ def test_a_bad_file_is_one_line(memrt: Command, text: str, expected: str) -> Non
     assert result.code == 1
     assert expected in result.error
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("training: fast\n", "lr=1"), ("data: [a.txt]\n", "data.path=b.txt")]
+)
+def test_words_do_not_hide_what_is_wrong_in_the_file(memrt: Command, text: str, word: str) -> None:
+    Path("c.yaml").write_text(text)
+    result = memrt("train", "c.yaml", word, "--print-config")
+    assert result.code == 1
+    assert "must be a section with keys" in result.error
 
 
 CONFIGS = [
