@@ -222,19 +222,12 @@ def _tokenizer(arguments: argparse.Namespace, model: Model) -> tuple[Any, str]:
     """The tokenizer and how it is named in reports."""
     named = arguments.tokenizer or _own_tokenizer(arguments.model)
     if named is not None:
-        from transformers import AutoTokenizer
-
-        from memrt.cli.model import quiet_hub
+        from memrt.cli.model import tokenizer_from
 
         try:
-            with quiet_hub():
-                tokenizer = AutoTokenizer.from_pretrained(named, trust_remote_code=model.trusted)
-        except (OSError, ValueError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"no tokenizer could be loaded from {named!r} ({first_line}); "
-                "name one with --tokenizer DIR_OR_HUB_ID"
-            ) from error
+            tokenizer = tokenizer_from(named, trusted=model.trusted)
+        except ValueError as error:
+            raise ValueError(f"{error}; name one with --tokenizer DIR_OR_HUB_ID") from error
     elif model.has_weights:
         raise ValueError(
             f"{model.name} has weights and no tokenizer; name the one it was trained with: "

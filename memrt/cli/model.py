@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from memrt.cli.progress import Progress
     from memrt.strategy import Strategy
 
-__all__ = ["Model", "most_tokens", "quiet_hub"]
+__all__ = ["Model", "most_tokens", "quiet_hub", "tokenizer_from"]
 
 _CLASSIFIERS = ("sequence-classification", "token-classification", "image-classification")
 
 # Positions of these begin behind the padding's id.
 _COUNT_FROM_PADDING = ("camembert", "roberta", "xlm-roberta", "xlm-roberta-xl")
+
+_NO_TOKENIZER = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError)
+"""What transformers raises for files that are not there, cut, or hold something else."""
 
 
 @contextmanager
@@ -38,6 +41,23 @@ def quiet_hub() -> Iterator[None]:
         yield
     finally:
         set_verbosity(level)
+
+
+def tokenizer_from(name: str, *, trusted: bool) -> Any:
+    """The tokenizer of a folder or hub id; `ValueError` where there is none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_hub():
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
+    except Exception as error:
+        # the tokenizers package raises no narrower class for a file that it cannot parse
+        if type(error) is not Exception and not isinstance(error, _NO_TOKENIZER):
+            raise
+        text = " ".join(str(error).split())[:300]
+        if not isinstance(error, OSError | ValueError | ImportError):
+            text = f"a file of it is damaged, or of another version: {text}"
+        raise ValueError(f"no tokenizer could be loaded from {name!r} ({text})") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

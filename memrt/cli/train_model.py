@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memrt.cli.model import most_tokens, quiet_hub
+from memrt.cli.model import most_tokens, quiet_hub, tokenizer_from
 from memrt.cli.train_config import EMBEDDED, TrainConfig
 from memrt.data import byte_level_tokenizer
 from memrt.data_files import TextStream, is_stream, require_file
@@ -231,14 +231,10 @@ def _own(path: str | None) -> str | None:
 
 
 def _from_pretrained(name: str, trusted: bool) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        with quiet_hub():
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=trusted)
-    except (OSError, ValueError, ImportError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise ValueError(f"no tokenizer could be loaded from {name!r}: {text}") from error
+        return tokenizer_from(name, trusted=trusted)
+    except ValueError as error:
+        raise ValueError(f"{error}; name one with model.tokenizer=FOLDER_OR_HUB_ID") from error
 
 
 def _text(data: DataSettings) -> str:

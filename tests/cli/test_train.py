@@ -292,6 +292,8 @@ BAD = [
     (["--model", "bert"], "is for masked-lm; `memrt train` trains causal language models"),
     (["--model", "tiny"], "vocab_size=100: must be an integer of at least 259"),
     (["--model", "tiny", "--tokenizer", "tokens"], "has 320 tokens and tiny a vocabulary of 100"),
+    (["--tokenizer", "keys"], "no tokenizer could be loaded from 'keys' (a file of it is damaged"),
+    (["--tokenizer", "parts"], "no tokenizer could be loaded from 'parts' (a file of it is dama"),
     (["--strategies", "lisa(layers=5)"], "layers=5 is more than the 2 layers"),
     (
         ["data=pairs.jsonl", "text_column=question", "--seq", "4", "packing=false"],
@@ -305,6 +307,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     memrt: Command, words: list[str], expected: str
 ) -> None:
     Path("broken.jsonl").write_text('{"text": "a b c"}\n{"text": \n')
+    for name, text in (("keys", "{}"), ("parts", '{"version": "1.0", "added_tokens": []}')):
+        Path(name).mkdir()
+        Path(name, "tokenizer.json").write_text(text)
+        Path(name, "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
     write_model(Path("tiny"), vocab_size=100)
     write_model(Path("bert"), model_type="bert")
     if "weights" in words:
