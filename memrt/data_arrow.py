@@ -48,6 +48,13 @@ class ParquetTable:
     def records(self, columns: Sequence[str]) -> Iterator[Record]:
         """Every row."""
         with _parquet(self.name) as file:
+            names: list[str] = file.schema_arrow.names
+            for column in columns:
+                if names.count(column) > 1:
+                    raise ValueError(
+                        f"{self.name}: {names.count(column)} columns are called {column!r}; "
+                        "rename all but one"
+                    )
             batches = file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=list(columns))
             yield from _rows(batches, columns, self.name)
 

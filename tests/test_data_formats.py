@@ -202,6 +202,18 @@ def test_bad_rows_are_named(
     assert str(raised.value).startswith(path)
 
 
+def test_a_column_that_is_twice_in_a_parquet_file_is_named(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.parquet")
+    cells = [pyarrow.array([text]) for text in ("a", "b", "c")]
+    table = pyarrow.Table.from_arrays(cells, names=["text", "text", "x"])
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(ValueError, match="2 columns are called 'text'; rename all but one"):
+        read(path)
+    table = pyarrow.Table.from_arrays(cells, names=["text", "x", "x"])
+    pyarrow.parquet.write_table(table, path)
+    assert [values for _, values in read(path)] == [("a",)]  # what is not read may be twice
+
+
 def test_a_parquet_cell_that_is_not_utf8_and_a_damaged_page(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     raw = pyarrow.array([b"fine", b"bad \xe9"], pyarrow.binary()).view(pyarrow.string())
