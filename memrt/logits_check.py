@@ -119,13 +119,14 @@ def compare_logits(reference: Tensor, model: Any, *, rounding: float) -> LogitsC
 
 
 def _matrices(model: nn.Module) -> list[nn.Module]:
-    return [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "weight", None), Tensor)
-        and (module.weight.ndim > 1 or is_packed(module))
-        and not isinstance(module, nn.Embedding)
-    ]
+    return [module for module in model.modules() if _has_matrix(module)]
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or isinstance(module, nn.Embedding):
+        return False
+    return weight.ndim > 1 or is_packed(module)
 
 
 def _batch(model: Any) -> dict[str, Tensor]:

@@ -178,8 +178,8 @@ class PlainWeights:
         return changed
 
     def _take_base(self, state: dict[str, Tensor], base: dict[str, Callable[[], Tensor]]) -> None:
-        """PEFT writes embeddings that carry an adapter, and the head, along with the adapters."""
-        here = self.model.state_dict()
+        """PEFT writes embeddings that carry an adapter, the head, and biases that trained."""
+        here = self.model.state_dict(keep_vars=True)
         for name in [name for name in state if name in here]:
             tensor, plain = state.pop(name), name.replace(".base_layer.", ".")
             if tensor.shape != here[name].shape:
@@ -188,6 +188,7 @@ class PlainWeights:
                     f"makes it {list(here[name].shape)}; resize the base's embeddings and save it"
                 )
             base[plain] = partial(_value, tensor)
+            here[name].requires_grad_(False)  # nothing of it is left to load
 
     def _folded(
         self, name: str, layer: Any, module_name: str, base: Mapping[str, Callable[[], Tensor]]

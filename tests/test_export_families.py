@@ -21,7 +21,7 @@ LARGE = 0.2
 """Spread of weights that leave attention far from even, as training does: rounding moves more."""
 
 
-def _random_adapters(family: str, folder: Path) -> None:
+def _random_adapters(family: str, folder: Path, **options: Any) -> None:
     """A base with large weights, and random adapters on every linear layer, by PEFT alone."""
     torch.manual_seed(7)
     model: Any = tiny_model(family, layers=2)
@@ -30,8 +30,12 @@ def _random_adapters(family: str, folder: Path) -> None:
             nn.init.normal_(parameter, std=LARGE)
     model.save_pretrained(folder / "base")
     base = type(model).from_pretrained(folder / "base")
-    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    peft.get_peft_model(base, config).save_pretrained(folder / "adapter")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **options)
+    model = peft.get_peft_model(base, config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in name:
+            nn.init.normal_(parameter, std=LARGE)
+    model.save_pretrained(folder / "adapter")
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "phi3"])
@@ -40,6 +44,17 @@ def test_verification_passes_what_rounding_alone_moves(family: str, tmp_path: Pa
     check = export_checkpoint(tmp_path / "adapter", tmp_path / "out", verify=True).check
     assert check is not None
     assert 0 < check.max_difference <= check.tolerance < 1e-4 * check.rms
+
+
+@pytest.mark.parametrize(("family", "bias"), [("opt", "all"), ("bert", "lora_only")])
+def test_biases_that_trained_beside_adapters(family: str, bias: str, tmp_path: Path) -> None:
+    _random_adapters(family, tmp_path, bias=bias)
+    export_checkpoint(tmp_path / "adapter", tmp_path / "out", verify=True)
+    written, base = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "base"))
+    changed = {name for name in base if not torch.equal(written[name], base[name])}
+    norms = {name for name in changed if name.endswith(("layer_norm.bias", "LayerNorm.bias"))}
+    assert {name for name in changed - norms if name.endswith(".bias")}
+    assert bool(norms) is (bias == "all")
 
 
 # PEFT doubles the rank of the fused projection, and then finds no module of that name
