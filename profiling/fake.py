@@ -56,6 +56,8 @@ _INTEGER_FACTORIES = frozenset({"aten::arange", "aten::randint"})
 # A decoder that is given no mask makes one of ones, in floats, and reads its values as booleans.
 _CONSTANTS = {"aten::ones": 1, "aten::ones_like": 1, "aten::new_ones": 1, "aten::zeros": 0}
 
+_DRAWS = frozenset({"aten::rand", "aten::rand_like"})  # from 0 to below 1
+
 
 class _Constant(NamedTuple):
     """A fake tensor of one known value, until somebody writes to it."""
@@ -85,6 +87,8 @@ class IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.routed = False
         """Whether a model picked something by value, as a router picks its experts."""
         self._constants: MutableMapping[Tensor, _Constant] = WeakIdKeyDictionary()
+        self._draws: MutableMapping[Tensor, int] = WeakIdKeyDictionary()
+        """Fake draws, and their versions: none is below 0, which is how LayerDrop is off."""
 
     def __torch_dispatch__(
         self,
@@ -107,11 +111,24 @@ class IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return _grouped_mm(*args, **kwargs)
         if func._schema.name == "aten::_to_copy" and kwargs.get("dtype") in _REAL_DTYPES:
             return self._cast(func, args[0], kwargs)
+        if func is torch.ops.aten.lt.Scalar and args[1] <= 0 and self._is_draw(args[0]):
+            with unset_fake_temporarily():
+                return torch.zeros(args[0].shape, dtype=torch.bool)
         result = func(*args, **kwargs)
-        if func._schema.name in _CONSTANTS and isinstance(result, FakeTensor):
-            value = _CONSTANTS[func._schema.name]
-            self._constants[result] = _Constant(value, result._version)
+        if isinstance(result, FakeTensor):
+            self._note(func._schema.name, result)
         return result
+
+    def _note(self, name: str, result: Tensor) -> None:
+        """Remember what is known of a fake tensor's values."""
+        if name in _CONSTANTS:
+            self._constants[result] = _Constant(_CONSTANTS[name], result._version)
+        elif name in _DRAWS:
+            self._draws[result] = result._version
+
+    def _is_draw(self, tensor: Tensor) -> bool:
+        small = tensor.numel() <= _MAX_REAL_ELEMENTS
+        return small and self._draws.get(tensor) == tensor._version
 
     def _cast(self, func: Any, tensor: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """A fake tensor as integers or booleans: real ones where its values are known."""

@@ -27,6 +27,19 @@ def test_a_constant_that_is_read_as_booleans_is_real_until_it_is_written_to() ->
         assert is_fake(torch.empty(2).to(torch.bool))
 
 
+def test_no_draw_is_below_zero_until_it_is_written_to() -> None:
+    """A layer is drawn for where LayerDrop is 0 too, in transformers 5.17."""
+    with fake_tensors(), real_integers():
+        draw = torch.rand([])
+        assert is_fake(draw)
+        assert not draw < 0.0
+        assert not (torch.rand(3) < 0).any()
+        assert is_fake(draw < 0.1)
+        draw.sub_(1.0)
+        assert is_fake(draw < 0.0)
+        assert is_fake(torch.randn([]) < 0.0)
+
+
 def test_what_depends_on_values_is_refused_in_words() -> None:
     for operator, run in (
         ("_local_scalar_dense", lambda: torch.rand(2).sum().item()),
