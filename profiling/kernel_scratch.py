@@ -49,7 +49,9 @@ def largest_scratch(step: Callable[[], None]) -> dict[str, Any]:
     """Run `step` twice, once to see its operators, once under the profiler."""
     with _SeenOperators() as seen:
         step()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

@@ -107,7 +107,7 @@ def test_resuming_is_a_phase_of_the_report(tmp_path: Path) -> None:
 
 
 def test_a_run_that_cannot_resume_leaves_no_thread(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
+    with pytest.raises(ValueError, match=r"trainer_state\.json is missing; resume from"):
         run(tmp_path, resume=str(tmp_path), memory_report=True)
     assert not [t for t in threading.enumerate() if t.name == "memrt-monitor"]
 

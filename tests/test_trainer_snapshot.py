@@ -28,6 +28,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         torch.cuda.memory, "_record_memory_history", lambda **o: calls.append(o["enabled"])
     )
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"calls": list(calls)})
+    monkeypatch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: False, raising=False)
     on_cuda = AllocatorHistory(torch.device("cuda"))
     monkeypatch.setattr(memory_report, "AllocatorHistory", lambda device: on_cuda)
     return calls

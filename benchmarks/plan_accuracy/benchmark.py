@@ -205,7 +205,9 @@ def _rise(timeline: Timeline) -> int:
 def _under_profiler(model: nn.Module, strategies: Sequence[Any], window: Sequence[Batch]) -> int:
     begun = start(model, strategies, settings=_SETTINGS)
     train_step(begun, window)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         train_step(begun, window)
     begun.session.detach()
     with tempfile.TemporaryDirectory(prefix="memrt-benchmark-") as folder:

@@ -213,7 +213,9 @@ def test_workspace_is_what_the_operators_take(
 def scratch(call: Any, operator: str) -> int:
     """What torch's profiler saw an operator allocate and free inside itself."""
     call()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         call()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

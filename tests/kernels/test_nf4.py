@@ -136,7 +136,9 @@ def test_workspace_is_what_the_operator_takes(shape: tuple[int, int], dtype: tor
 
 def scratch(call: Callable[[], object], operator: str) -> int:
     """What torch's profiler saw an operator allocate and free inside itself."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         call()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         profiler.export_chrome_trace(file.name)

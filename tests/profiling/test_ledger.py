@@ -19,7 +19,9 @@ from memrt.testing import FAMILIES, tiny_batches, tiny_model
 def _profiler_peak_rise(work: object) -> int:
     """Highest live bytes above the start, from the profiler's memory events."""
     assert callable(work)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiled:
         work()
     live = best = 0
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]

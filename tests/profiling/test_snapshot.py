@@ -22,6 +22,7 @@ class Recorder:
         self.calls: list[dict[str, Any]] = []
         monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", self._record)
         monkeypatch.setattr(torch.cuda.memory, "_snapshot", self._snapshot)
+        monkeypatch.setattr(torch._C, "_cuda_isHistoryEnabled", lambda: False, raising=False)
 
     @property
     def records(self) -> bool:
