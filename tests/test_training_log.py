@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +90,28 @@ def test_it_is_in_tensorboard_s_event_file(tmp_path: Path) -> None:
     values = [each.value for each in events.Scalars(f"train/{RSS}")]
     assert [each.step for each in events.Scalars(f"train/{RSS}")] == [1, 2, 3, 4, 5, 6]
     assert all(0.01 < value < 1024 for value in values)
+
+
+WANDB_RUN = """
+import sys
+from pathlib import Path
+from tests.trainer_runs import run
+
+run(Path(sys.argv[1]), memory_report=True, report_to=["wandb"], run_name="offline")
+"""
+
+
+def test_it_is_in_the_file_that_wandb_keeps_offline(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed (pip install wandb)")
+    environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    done = subprocess.run(  # apart: wandb starts a process of its own and hooks into this one
+        [sys.executable, "-c", WANDB_RUN, str(tmp_path / "out")],
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert file.read_bytes().count(f"train/{RSS}".encode()) >= 6  # in the record of every step
