@@ -19,8 +19,9 @@ weights (DoRA, PiSSA, LoHa, ...) and adapters on a mixture's experts load the ba
 
   memrt merge run/checkpoint-500 --base meta-llama/Llama-3.2-1B merged --verify
 
-A checkpoint of a run over packed weights is folded into the rounded weights that it was trained on.
-A ladder's side network cannot be folded into any weight.
+A checkpoint-N of a run over packed weights is folded into the rounded weights that it was trained
+on; a run's own folder, like PEFT's, does not tell of them and is folded into the base as it is. A
+ladder's side network cannot be folded into any weight.
 """
 
 
