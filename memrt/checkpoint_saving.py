@@ -54,8 +54,13 @@ def _write_parts(alone: Sequence[Attachment], folder: str | Path, **_: Any) -> N
 def write_text(path: Path, text: str) -> None:
     """Write so that `path` holds the old text or the whole new one."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        # a write that a full disk refuses does not know its file
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -234,3 +234,13 @@ def test_state_files_are_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="No space"):
         checkpoint.save_state(tmp_path, trainer.session)
     assert (tmp_path / STATE_NAME).read_bytes() == before
+
+
+def test_a_text_that_a_full_disk_refuses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        checkpoint.write_text(tmp_path / "config.yaml", "seed: 1")
+    assert caught.value.filename == str(tmp_path / "config.yaml")
+    assert names_in(tmp_path) == set()

@@ -10,9 +10,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ReportFolder"]
+__all__ = ["ReportFolder", "require_writable"]
 
 _REPORT = "report.json"
+
+
+def require_writable(folder: Path, argument: str) -> None:
+    """Refuse a folder that nothing can be made in, or its nearest parent where it is not there.
+
+    By making something: who is root, a disk that is mounted to be read, and /proc answer every
+    other question wrong.
+    """
+    parent = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".memrt-", dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{argument}: {parent} cannot be written to ({error.strerror}); name another folder"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,16 +91,12 @@ class ReportFolder:
     def _check(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--output {self.path}: this is a file; name a folder")
-        parent = next(p for p in self.path.absolute().parents if p.exists())
-        if not (parent.is_dir() and os.access(parent, os.W_OK)):
-            raise ValueError(
-                f"--output {self.path}: {parent} cannot be written to; name another folder"
-            )
         if self._holds_files() and not self._holds_own_report() and not self.force:
             raise ValueError(
                 f"--output {self.path}: the folder holds files that are no report of "
                 f"`memrt {self.kind}`; name another folder, or pass --force to write into it"
             )
+        require_writable(self.path.absolute().parent, f"--output {self.path}")
 
     def _holds_files(self) -> bool:
         return self.path.is_dir() and any(self.path.iterdir())

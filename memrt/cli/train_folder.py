@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from memrt.checkpoint import check_state, recover, write_json, write_text
 from memrt.checkpoint_loading import TRAINER_STATE_NAME, damage
+from memrt.cli.output import require_writable
 from memrt.cli.train_config import TrainConfig
 from memrt.cli.train_keys import keys
 from memrt.cli.train_length import checkpoints_in, require_longer
@@ -37,6 +38,9 @@ _CONFIG = Path("memrt") / "config.yaml"
 _DATA = Path("memrt") / "data.json"
 _MODELS = ("config.json", "adapter_config.json", "ladder.json")
 """Files that say what a folder holds: a model, adapters, a side network."""
+
+_READ = ("model.path", "model.tokenizer", "data.path", "data.evaluation_path")
+"""Settings that name what a run reads."""
 
 _FREE = (
     "output",
@@ -92,13 +96,11 @@ class RunFolder:
 
     @classmethod
     def fresh(cls, path: Path, *, overwrite: bool) -> RunFolder:
-        """For a new run; refuses a folder that holds anything else. Touches nothing."""
+        """For a new run; refuses a folder that holds anything else. Leaves nothing."""
         if path.exists() and not path.is_dir():
             raise ValueError(f"output={str(path)!r}: this is a file; name a folder")
-        parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-        if not os.access(parent, os.W_OK):
-            raise ValueError(f"output={str(path)!r}: {parent} cannot be written to; name another")
         if not path.exists() or not any(path.iterdir()):
+            require_writable(path, f"output={str(path)!r}")
             return cls(path=path, checkpoint=None)
         if not (path / _CONFIG).is_file():
             raise ValueError(
@@ -112,6 +114,8 @@ class RunFolder:
                 "--resume, name another folder by --output, or rename it to "
                 f"{_aside(path).name} and start anew by --overwrite"
             )
+        for each in (path, path.absolute().parent) if holds else (path,):
+            require_writable(each, f"output={str(path)!r}")
         return cls(path=path, checkpoint=None, move_aside=bool(holds))
 
     @classmethod
@@ -135,6 +139,7 @@ class RunFolder:
         if config.output.resolve() != origin.resolve():
             fresh = cls.fresh(config.output, overwrite=False)
             return cls(path=fresh.path, checkpoint=Path(last))
+        require_writable(config.output, f"output={str(config.output)!r}")
         return cls(path=config.output, checkpoint=Path(last))
 
     @staticmethod
@@ -142,6 +147,18 @@ class RunFolder:
         """The settings that a run was started with."""
         file = run_of(path) / _CONFIG
         return TrainConfig.from_yaml(file) if file.is_file() else None
+
+    def require_outside(self, config: TrainConfig) -> None:
+        """Refuse to rename a run that this one reads from."""
+        for name in _READ if self.move_aside else ():
+            value = config.values[name]
+            if value is None or not Path(value).exists():
+                continue
+            if Path(value).resolve().is_relative_to(self.path.resolve()):
+                raise ValueError(
+                    f"--overwrite: {name}={value!r} lies in output={str(self.path)!r}, which would "
+                    f"be renamed to {_aside(self.path).name}; name another folder by --output"
+                )
 
     # ------------------------------------------------------------ the run
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,22 @@ def test_a_file_in_the_place_of_the_folder_is_refused(memrt: Command) -> None:
     assert result.code == 1
     assert "this is a file" in result.error
     assert Path("memrt-report").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_disk_that_is_mounted_to_be_read_is_told_before_the_run(
+    memrt: Command, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Who is root may write everywhere, says the system, and then cannot."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    result = memrt(command, "--output", "out")
+    assert result.code == 1
+    assert "cannot be written to (Read-only file system); name another folder" in result.error
+    assert result.err.count("\n") == 1
 
 
 def test_a_folder_with_other_files_is_refused_before_the_run(memrt: Command) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -77,6 +78,20 @@ def test_files_of_something_else_are_kept(memrt: Command) -> None:
     assert "it holds report.md of something else" in result.error
     assert Path("thesis/report.md").read_text() == "mine"
     assert memrt(*words, "--force").code == 0
+
+
+def test_a_full_disk_is_one_line_with_the_folder(
+    memrt: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    Path("report.json").write_text(json.dumps(KINDS["plan"]()))
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    result = memrt("report", ".", "--format", "md", "--output", "out")
+    assert result.code == 1
+    assert "the report could not be written to out (No space left on device)" in result.error
+    assert list(Path("out").iterdir()) == []
 
 
 @pytest.mark.parametrize(
