@@ -26,6 +26,7 @@ __all__ = [
     "data_for",
     "frozen_head",
     "metrics_for",
+    "require_metric",
     "without_unused_types",
 ]
 
@@ -105,6 +106,17 @@ def metrics_for(task: str) -> dict[str, Any]:
     if task != CLASSIFICATION:
         return {}
     return {"compute_metrics": _accuracy, "preprocess_logits_for_metrics": _predicted}
+
+
+def require_metric(arguments: Any, task: str) -> None:
+    """Refuse to look for the best checkpoint by what no evaluation here tells."""
+    name = arguments.metric_for_best_model
+    known = ("loss", "accuracy") if task == CLASSIFICATION else ("loss",)
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise ValueError(
+            f"training.metric_for_best_model={name!r}: evaluation here is {' and '.join(known)}; "
+            "name one of these, or leave it out"
+        )
 
 
 def _predicted(logits: Any, labels: torch.Tensor) -> torch.Tensor:

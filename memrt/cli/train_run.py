@@ -21,6 +21,7 @@ from memrt.cli.train_classes import (
     data_for,
     frozen_head,
     metrics_for,
+    require_metric,
     without_unused_types,
 )
 from memrt.cli.train_console import ConsoleCallback, Intervals, Speed
@@ -28,6 +29,7 @@ from memrt.cli.train_elsewhere import hub_errors, require_callbacks, require_hub
 from memrt.cli.train_folder import RunFolder
 from memrt.cli.train_length import require_longer
 from memrt.cli.train_model import TrainedModel, tokenizer_for
+from memrt.cli.train_optimizer import require_optimizer
 from memrt.cli.train_plan import predict
 from memrt.cli.train_publish import write_trained
 from memrt.cli.train_report import conditions_of, deliver, read_counted
@@ -73,6 +75,7 @@ class TrainRun:
             if path is not None:
                 require_file(path, f"data.{argument}")
         # errors of the settings come before the model is read
+        require_optimizer(self.settings.arguments)
         require_callbacks(self.settings.arguments.report_to)
         require_hub(self.settings.arguments)
         folder = self._claim()
@@ -99,11 +102,14 @@ class TrainRun:
             if chosen is not None:
                 self.settings, self._is_chosen = chosen, True
             return RunFolder.resumed(self.settings, start)
-        return RunFolder.fresh(self.settings.output, overwrite=self._words.overwrite)
+        folder = RunFolder.fresh(self.settings.output, overwrite=self._words.overwrite)
+        folder.require_outside(self.settings)
+        return folder
 
     def _prepare(self, folder: RunFolder) -> None:
         settings = self.settings
         self._model = TrainedModel.resolve(settings)
+        require_metric(settings.arguments, self._model.task)
         self._load_data(folder)
         train, evaluation = self._data.train, self._data.evaluation
         held_out = "" if evaluation is None else f", {len(evaluation):,} to evaluate on"

@@ -140,6 +140,10 @@ def test_another_run_is_never_overwritten(memrt: Command) -> None:
     assert "holds a run (finished)" in result.error
     assert "--resume" in result.error
     assert Path("memrt-run/model.safetensors").read_bytes() == before
+    further = memrt("train", *short, "--overwrite", "--model", "memrt-run")
+    assert further.code == 1
+    assert "--overwrite: model.path='memrt-run' lies in output='memrt-run'" in further.error
+    assert not Path("memrt-run.1").exists()
     assert memrt("train", *short, "--seed", 7, "--overwrite").code == 0
     assert Path("memrt-run.1/model.safetensors").read_bytes() == before
     assert Path("memrt-run/model.safetensors").read_bytes() != before
@@ -294,6 +298,12 @@ BAD = [
     (["--model", "tiny", "--tokenizer", "tokens"], "has 320 tokens and tiny a vocabulary of 100"),
     (["--tokenizer", "keys"], "no tokenizer could be loaded from 'keys' (a file of it is damaged"),
     (["--tokenizer", "parts"], "no tokenizer could be loaded from 'parts' (a file of it is dama"),
+    (["--output", "sums.txt/run"], "sums.txt cannot be written to (Not a directory); name another"),
+    (["optim=sgd", "optim_args=foo"], "training.optim='sgd', optim_args='foo': not enough values"),
+    (["optim=adamw_torch_xla"], "training.optim='adamw_torch_xla', optim_args=None: Trainer fail"),
+    (["lr_scheduler_type=cosine", "lr_scheduler_kwargs={x: 1}"], "kwargs={'x': 1}: get_cosine_sch"),
+    (["lr_scheduler_type=warmup_stable_decay"], "lr_scheduler_type='warmup_stable_decay', lr_sche"),
+    (["metric_for_best_model=f1"], "metric_for_best_model='f1': evaluation here is loss; name"),
     (["--strategies", "lisa(layers=5)"], "layers=5 is more than the 2 layers"),
     (
         ["data=pairs.jsonl", "text_column=question", "--seq", "4", "packing=false"],
