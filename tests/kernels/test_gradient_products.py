@@ -178,8 +178,8 @@ def test_it_compiles_for_every_architecture_without_spills(
         record_property(f"sm_{architecture}", str(resources))
         assert resources.spill_bytes == 0, resources
         assert resources.shared_bytes <= SHARED_LIMIT_BYTES[architecture] // 2, resources
-        # 4 warps: two programs always have room for their registers on a multiprocessor, three where
-        # Triton is recent (3.6 keeps 174)
+        # 4 warps: a multiprocessor has registers for two programs at least, and for three where
+        # Triton is recent (3.6 keeps 174 a thread)
         assert resources.registers <= (168 if dtype == "bf16" and recent else 192), resources
 
 
