@@ -279,7 +279,7 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
     ) -> Tensor:
         model.train()
         prepared = self._prepare_inputs(inputs)
-        scaled = self.loss_is_scaled_for_ga
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # of later transformers 5
         if scaled is None:  # num_items counts the whole step: a loss divided by it needs no more
             scaled = self.compute_loss_func is not None or (
                 self.model_accepts_loss_kwargs and num_items is not None

@@ -168,7 +168,7 @@ class TrainRun:
             )
         if self._is_classifier:
             # its loss is a mean over each micro-batch, whatever the number of items it is told
-            trainer.loss_is_scaled_for_ga = False
+            trainer.model_accepts_loss_kwargs = False
             self._tell_of_frozen_head(model)
         speed = Speed(num_counted_steps=NUM_STEPS if arguments.memory_report else 0)
         console = ConsoleCallback(speed, with_bar=not arguments.disable_tqdm)
