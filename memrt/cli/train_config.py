@@ -37,6 +37,9 @@ __all__ = ["EMBEDDED", "TrainConfig", "resolve"]
 EMBEDDED = "embedded"
 """The model and the text that come with Python and memrt."""
 
+_ALWAYS = ("output", "seed", "dtype", "strategies", "model.path", "data.path")
+"""What every run that was written has, in each version."""
+
 EXAMPLE = {
     "model.path": EMBEDDED,
     "data.path": EMBEDDED,
@@ -126,9 +129,13 @@ class TrainConfig:
         """What `to_yaml` wrote."""
         try:
             tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return cls(dict(_flat(tree)))
+            values = dict(_flat(tree))
         except (yaml.YAMLError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is damaged ({_one_line(error)})") from error
+        lacking = [name for name in _ALWAYS if name not in values]
+        if lacking:
+            raise ValueError(f"{path} is damaged (it lacks {', '.join(lacking)})")
+        return cls(values)
 
 
 def resolve(

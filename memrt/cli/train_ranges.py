@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from transformers.training_args import trainer_log_levels
+
 from memrt.arguments import RANGES
 from memrt.gpus import Gpu
 
@@ -30,6 +32,10 @@ _RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "must be a number from 0",
     ),
     "training.dataloader_num_workers": (lambda workers: workers >= 0, "must be at least 0"),
+    "training.log_level": (
+        lambda level: level in trainer_log_levels,
+        f"must be one of {', '.join(trainer_log_levels)}",
+    ),
     "training.data_seed": (lambda seed: 0 <= seed < 2**32, "must be from 0 to 4294967295"),
     "seed": (lambda seed: 0 <= seed < 2**32, "must be from 0 to 4294967295"),
 }

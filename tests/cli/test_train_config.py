@@ -167,6 +167,7 @@ BAD = [
     (["label_smoothing_factor=2"], "training.label_smoothing_factor must be a number from 0"),
     (["neftune_noise_alpha=-1"], "training.neftune_noise_alpha must be a number from 0"),
     (["dataloader_num_workers=-1"], "training.dataloader_num_workers must be at least 0"),
+    (["log_level=loud"], "log_level='loud': training.log_level must be one of "),
     (["data_seed=99999999999999999999"], "training.data_seed must be from 0 to 4294967295"),
     (["seed=4294967296"], "seed=4294967296: must be from 0 to 4294967295"),
     (["--save-steps", "0"], "save-steps=0: training.save_steps must be above 0, or set training.s"),

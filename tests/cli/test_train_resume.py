@@ -196,6 +196,15 @@ def test_a_checkpoint_that_is_not_there_names_the_last_one(memrt: Command) -> No
     assert result.error.endswith("--resume memrt-run/checkpoint-12")
 
 
+def test_a_cut_config_of_a_run_is_named(memrt: Command) -> None:
+    Path("memrt-run/memrt").mkdir(parents=True)
+    Path("memrt-run/memrt/config.yaml").write_text("output: memrt-run\nseed: 42\nmodel:")
+    result = memrt("train", "--resume")
+    assert result.code == 1
+    expected = "config.yaml is damaged (it lacks dtype, strategies, model.path, data.path)"
+    assert expected in result.error
+
+
 def test_there_must_be_something_to_resume(memrt: Command) -> None:
     result = memrt("train", *RUN, "--resume")
     assert result.code == 1
