@@ -183,7 +183,7 @@ class Source:
             with warnings.catch_warnings():
                 # of its head: adapters bring one, and the export itself says what it lacks
                 warnings.filterwarnings("ignore", message=".*the checkpoint (lacks|holds) weights")
-                model = load(str(self.base), self.packed, task=self.task, config=self._config())
+                model = self._base_model(self.packed)
             inject(copy.deepcopy(self.adapter_config), model)
             load_adapters(model, self.folder, remedy=_REMEDY)
             require_base(model, self.folder)
@@ -204,11 +204,7 @@ class Source:
             session.load_strategy_state(load_state(self.folder, self.strategies))
             unpacked = len(packed_layers(model))
             return session.export(), 0, unpacked
-        model = (
-            self.base
-            if isinstance(self.base, nn.Module)
-            else load(str(self.base), task=self.task, config=self._config())
-        )
+        model = self.base if isinstance(self.base, nn.Module) else self._base_model()
         if not self.strategies:
             before = inject(copy.deepcopy(self.adapter_config), model)
             load_adapters(model, self.folder, remedy=_REMEDY)
@@ -223,6 +219,22 @@ class Source:
         session.load_strategy_state(load_state(self.folder, self.strategies))
         folded, unpacked = len(adapter_layers(model)), len(packed_layers(model))
         return session.export(), folded, unpacked
+
+    def _base_model(self, packed: Sequence[Strategy] = ()) -> Any:
+        """The base; a head with other labels than that of the adapters is left out."""
+        config, own = self._config(), resolve_config(self.base)
+        if "Classification" not in str(own.architectures) or own.num_labels == config.num_labels:
+            return load(str(self.base), packed, task=self.task, config=config)
+        if packed:
+            raise ValueError("verify=True: over packed weights the base's head needs equal labels")
+        model, loading = auto_class(config, self.task).from_pretrained(
+            str(self.base), config=config, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        heads = tuple(f"{name}." for name in task_heads(model))
+        for name, found, wanted in loading["mismatched_keys"]:
+            if not name.startswith(heads):
+                raise ValueError(f"{self.base}: {name!r} is {list(found)}, not {list(wanted)}")
+        return model
 
     def _loaded(self) -> Any:
         """The model of a checkpoint; its weights come later where strategies keep them packed."""

@@ -77,6 +77,7 @@ class PlainWeights:
     _recipes: dict[str, _Recipe] = field(default_factory=dict)
     _folding: set[str] = field(default_factory=set)
     _waiting: dict[str, Tensor] = field(default_factory=dict)
+    _misfits: dict[str, ValueError] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         meta = dict(self.model.state_dict(keep_vars=True))
@@ -86,6 +87,8 @@ class PlainWeights:
         for name, key in assignment.plain.items():
             base[name] = self._source(name, key, meta[name], formats)
         changed = {} if self.adapters is None else self._adapted(base)
+        for misfit in (error for name, error in self._misfits.items() if name not in changed):
+            raise misfit
         self._refuse(changed, base, formats, assignment)
         provided = assignment.provided | changed.keys()
         self._settle(meta.keys() - provided, assignment.unexpected)
@@ -142,10 +145,12 @@ class PlainWeights:
                 lambda: dense(self.files.read(key), wanted, axis, meta.dtype), self.files, key
             )
         if shape != wanted or stored.is_floating_point != meta.is_floating_point():
-            raise ValueError(
+            # a base's own head, where the adapters bring one with other labels
+            self._misfits[name] = ValueError(
                 f"{self.files.path(key)}: {key!r} is {stored} {list(shape)}, the config makes it "
                 f"{meta.dtype} {list(wanted)}; name the folder that both were saved to"
             )
+            return partial(self.files.read, key)
         if form is None or self.adapters is None:  # a run saves what it packed as it is
             return partial(self.files.read, key)
         self.num_unpacked += 1

@@ -8,7 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from memrt.export import export_checkpoint
@@ -74,3 +75,32 @@ def test_adapters_on_experts_that_files_hold_one_by_one(
     experts = [name for name in base if ".experts." in name]
     assert len(experts) >= 4 * 3
     assert not [name for name in experts if torch.equal(written[name], base[name])]
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["streamed", "whole"])
+def test_adapters_with_a_head_of_other_labels_than_the_base_s(dora: bool, tmp_path: Path) -> None:
+    """As a classifier of images begins: from one that was trained on other classes."""
+    torch.manual_seed(7)
+    tiny_model("vit", layers=2).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    model = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path / "base", num_labels=5, ignore_mismatched_sizes=True
+    )
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        modules_to_save=["classifier"],
+        init_lora_weights=False,
+        use_dora=dora,
+    )
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    done = export_checkpoint(
+        tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base", verify=True
+    )
+    assert done.check is not None
+    head = load_file(tmp_path / "out/model.safetensors")["classifier.weight"]
+    assert torch.equal(head, model.classifier.modules_to_save["default"].weight)
+    tensors = load_file(tmp_path / "base/model.safetensors")
+    tensors["vit.layernorm.weight"] = torch.ones(7)
+    save_file(tensors, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layernorm\.weight' is .*\[7\]"):
+        export_checkpoint(tmp_path / "adapter", tmp_path / "other", base=tmp_path / "base")
