@@ -16,6 +16,7 @@ in which PEFT's own wrapper takes part (AdaLoRA, see `memrt.adapter_methods`), n
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -43,6 +44,7 @@ from memrt.packed_weights import packed_layers
 from memrt.profiling.accounts import Account
 from memrt.registry import register
 from memrt.strategy import EVERYTHING, Attachment, Claim, Phase, Rule, Slot, Strategy
+from memrt.structure import is_plain_linear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from memrt.structure import Facts
 
 __all__ = ["Peft"]
+
+logger = logging.getLogger(__name__)
 
 # PEFT's names of one thing differ by method
 _OPTION_NAMES = {
@@ -325,12 +329,33 @@ def _require_alpha(name: str, value: Any) -> None:
         )
 
 
+def _warn_of_the_rest(run: Session) -> None:
+    """PEFT names layers by the ends of their names, and takes some for a mixture's experts."""
+    adapted = tuple(f"{name}." for name, _ in adapter_layers(run.model))
+    own = run.facts.structure.head, *task_heads(run.model)
+    left = [
+        name
+        for name, module in run.model.named_modules()
+        if is_plain_linear(module)
+        and not f"{name}.".startswith(adapted)
+        and not any(f"{name}.".startswith(f"{head}.") for head in own)
+    ]
+    if left:
+        logger.warning(
+            "peft: PEFT put no adapters on %d linear layers (such as %s), which stay as they are",
+            len(left),
+            left[0],
+        )
+
+
 class _Adapters(Attachment):
     settings: Peft
 
     def __init__(self, settings: Peft, run: Session) -> None:
         super().__init__(settings, run)
         self._undo = inject(settings.build_for(run.model), run.model)
+        if settings.config is None and settings.targets == "all-linear":
+            _warn_of_the_rest(run)
 
     def rules(self) -> list[Rule]:
         """fp32 moments where a head of bf16 or fp16 trains beside the adapters."""

@@ -109,3 +109,14 @@ def test_what_needs_pefts_own_wrapper_is_refused(config: dict[str, Any], message
     with pytest.raises(ConflictError, match=f"{message}.*without this strategy"):
         memrt.prepare(model, [Peft(config=config)])
     assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning")  # PEFT's own
+def test_linear_layers_that_peft_leaves_out_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    """It takes the dense MLPs and shared experts of a mixture for the experts by their names."""
+    memrt.prepare(tiny_model("bert"), ["peft(rank=2)"])
+    memrt.prepare(tiny_model("deepseek_v3"), ["peft(rank=2, targets=['q_b_proj'])"])
+    assert not caplog.messages
+    model = tiny_model("deepseek_v3")
+    memrt.prepare(model, ["peft(rank=2)"])
+    assert "no adapters on 12 linear layers (such as model.layers.0.mlp.gate_proj)" in caplog.text
