@@ -237,6 +237,7 @@ class Peft(Strategy):
         packed = packed_layers(facts.model)
         if packed:
             self._check_packed(packed[0][1].packed_format.name)
+        _require_biases_once(config, facts.model)
         check_targets(config, facts.model)
 
     def check_stack(self, others: Sequence[Strategy], facts: Facts) -> None:
@@ -260,6 +261,21 @@ class Peft(Strategy):
     def attach(self, run: Session) -> Attachment:
         """Put the adapters into the layers, and freeze everything else."""
         return _Adapters(self, run)
+
+
+def _require_biases_once(config: Any, model: nn.Module) -> None:
+    """What trains whole has its biases saved with it, and transformers saves no tensor twice."""
+    if getattr(config, "bias", "none") != "all":
+        return
+    heads = getattr(config, "modules_to_save", None) or ()
+    for name, _ in model.named_parameters():
+        module, _, part = name.rpartition(".")
+        inside = next((head for head in heads if f".{head}." in f".{module}."), None)
+        if part == "bias" and inside is not None:
+            raise ValueError(
+                f"bias='all' saves {name}, and modules_to_save saves it with {inside!r}: "
+                "transformers saves a tensor under one name; use bias='lora_only'"
+            )
 
 
 def _config_class(kind: Any, what: str, *, lower: bool = False) -> Any:

@@ -120,3 +120,12 @@ def test_linear_layers_that_peft_leaves_out_are_told_of(caplog: pytest.LogCaptur
     model = tiny_model("deepseek_v3")
     memrt.prepare(model, ["peft(rank=2)"])
     assert "no adapters on 12 linear layers (such as model.layers.0.mlp.gate_proj)" in caplog.text
+
+
+def test_biases_that_a_head_brings_too_are_refused_before_they_cannot_be_saved() -> None:
+    biases = "peft(rank=2, options={'bias': 'all', 'modules_to_save': ['lm_head']})"
+    model = tiny_model("phi")
+    with pytest.raises(ConflictError, match=r"saves lm_head\.bias.*'lm_head'.*bias='lora_only'"):
+        memrt.prepare(model, [biases])
+    memrt.prepare(model, [biases.replace("'all'", "'lora_only'")])
+    memrt.prepare(tiny_model("llama"), [biases])  # whose head has none
