@@ -73,7 +73,8 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         default=False,
         metadata={
             "help": "Count every storage of the first 3 optimizer steps, which run slower, watch "
-            "the rest (allocator, NVML, RSS), and write <output_dir>/memrt/report.md and .json."
+            "the rest (allocator, NVML, RSS), and write <output_dir>/memrt/report.md, .json and "
+            ".html."
         },
     )
     stop_on_nonfinite: bool = field(

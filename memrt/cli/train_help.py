@@ -16,7 +16,8 @@ _USAGE = """\
 usage: memrt train [FILE.yaml] [key=value ...] [--key value ...] [options]
 
 A full fine-tune of a causal language model or a classifier of texts: evaluation, checkpoints,
-resume, the memory predicted before and reported after. Leaves a plain transformers folder.
+resume, the memory predicted before and reported after. Leaves a plain transformers folder, or
+adapters in PEFT's layout.
 
   memrt train                                     the embedded Llama on the embedded text, 50 steps
   memrt train config.yaml                         settings from a file
