@@ -111,7 +111,7 @@ def test_what_needs_pefts_own_wrapper_is_refused(config: dict[str, Any], message
     assert [type(module) for module in model.modules()] == kinds
 
 
-@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys:RuntimeWarning")  # PEFT's own
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys:RuntimeWarning")  # PEFT's
 def test_linear_layers_that_peft_leaves_out_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
     """It takes the dense MLPs and shared experts of a mixture for the experts by their names."""
     memrt.prepare(tiny_model("bert"), ["peft(rank=2)"])
