@@ -13,8 +13,7 @@ Resumable: a run that has its report is not repeated, so an interrupted command 
 Budget on one core: about 40 minutes for the base model, then 4 hours (a minute a proxy, three a
 full run). The result is written after every method, to `--output`, from the runs of the
 tasks and methods that were asked for. Speeds are comparable only where nothing else computes, so
-they have runs of their own, one after another, that are always made anew: `--speeds`, about 40
-minutes for both tasks.
+they have runs of their own, one after another, that are always made anew: `--speeds`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from common import folder, gradient_norms, verdict
+from common import folder, gradient_norms, trainer, verdict
 
 
 def tiny_bert() -> Any:
@@ -34,27 +34,21 @@ def examples() -> list[dict[str, Any]]:
 
 def gradient_norm(*, batch: int, accumulation: int) -> float:
     """Of the first step over the same eight rows."""
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder()),
+    run = trainer(
+        folder(),
+        tiny_bert(),
+        rows=examples(),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
         max_steps=1,
         max_grad_norm=1e9,
-        logging_steps=1,
         save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
     )
-    trainer = transformers.Trainer(model=tiny_bert(), args=arguments, train_dataset=examples())
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
-    return gradient_norms(trainer)[0]
+    run.train()
+    return gradient_norms(run)[0]
 
 
 def main() -> None:
-    transformers.utils.logging.set_verbosity_error()
     whole, parts = gradient_norm(batch=8, accumulation=1), gradient_norm(batch=2, accumulation=4)
     verdict(
         parts > 1.5 * whole,

@@ -61,7 +61,9 @@ def folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="known-wrong-"))
 
 
-def trainer(where: Path, model: Any | None = None, **options: Any) -> Any:
+def trainer(
+    where: Path, model: Any | None = None, *, rows: Sequence[Any] | None = None, **options: Any
+) -> Any:
     """transformers' own Trainer, six steps on the CPU, a checkpoint every third."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -83,7 +85,7 @@ def trainer(where: Path, model: Any | None = None, **options: Any) -> Any:
     made = transformers.Trainer(
         model=tiny_llama() if model is None else model,
         args=arguments,
-        train_dataset=examples(),
+        train_dataset=examples() if rows is None else rows,
     )
     made.remove_callback(transformers.PrinterCallback)
     return made
