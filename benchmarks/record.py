@@ -21,10 +21,11 @@ import platform
 import re
 import statistics
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from memrt.profiling.whole_file import write_whole
 
 __all__ = [
     "RESULTS",
@@ -196,18 +197,8 @@ def plain(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write so that `path` holds the old text or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        file.write(text)
-    temporary = Path(file.name)
-    try:
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text.encode())
 
 
 def write_record(record: Mapping[str, Any], folder: Path) -> Path:

@@ -40,7 +40,7 @@ from memrt.kernels.dynamic_map import (
     num_blocks,
     quantize_blockwise_reference,
 )
-from memrt.kernels.hub_warning import without_hub_warning
+from memrt.kernels.quiet import without_hub_warning
 from memrt.kernels.stochastic_rounding import PIECE_ELEMENTS as ROUNDING_ELEMENTS
 from memrt.kernels.stochastic_rounding import SCRATCH_BYTES as ROUNDING_BYTES
 from memrt.kernels.stochastic_rounding import Rounding, stochastic_copy_

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memrt.kernels.dynamic_map import dynamic_map
-from memrt.kernels.hub_warning import without_hub_warning
+from memrt.kernels.quiet import without_hub_warning
 from memrt.profiling.ledger import register_workspace
 
 __all__ = [

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from memrt.profiling.whole_file import write_whole
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -52,15 +54,8 @@ def _write_parts(alone: Sequence[Attachment], folder: str | Path, **_: Any) -> N
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write so that `path` holds the old text or the whole new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        # a write that a full disk refuses does not know its file
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    """Write in UTF-8 so that `path` holds the old text or the whole new one."""
+    write_whole(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:

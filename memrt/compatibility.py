@@ -9,9 +9,7 @@ pairs test, which trains every pair.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
@@ -20,6 +18,7 @@ from torch import nn
 
 from memrt import registry
 from memrt.compose import conflicts
+from memrt.kernels.quiet import errors_only
 from memrt.profiling.fake import fake_tensors
 from memrt.strategy import Strategy
 from memrt.structure import Facts, RunSettings, discover
@@ -287,23 +286,12 @@ def verdict_of(
 ) -> Verdict:
     """What `conflicts` says of a stack on every model of `facts`."""
     reasons = {}
-    with fake_tensors(), _without_advice():
+    # a check may warn of what it lets pass: advice for a run, and there is none here
+    with fake_tensors(), errors_only("memrt"):
         for kind, found in facts.items():
             asked = found if settings is None else replace(found, settings=settings)
             reasons[kind] = tuple(conflicts(strategies, asked))
     return Verdict(reasons=reasons)
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    """A check may warn of what it lets pass: advice for a run, and there is none here."""
-    logger = logging.getLogger("memrt")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def survey(

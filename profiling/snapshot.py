@@ -13,12 +13,13 @@ Source: docs.pytorch.org/docs/stable/torch_cuda_memory.html.
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from memrt.profiling.whole_file import write_whole
 
 __all__ = ["OOM_FOLDER", "SNAPSHOT_NAME", "VIEWER", "AllocatorHistory", "write_snapshot"]
 
@@ -87,7 +88,7 @@ class AllocatorHistory:
         """Save what was recorded as ``snapshot.pickle``; nothing where it is saved already."""
         if self._pickled is None:
             return
-        _write(folder / SNAPSHOT_NAME, self._pickled)
+        write_whole(folder / SNAPSHOT_NAME, self._pickled)
         self._pickled, self._written = None, True
 
     def to_json(self) -> dict[str, Any]:
@@ -104,23 +105,12 @@ class AllocatorHistory:
 def write_snapshot(folder: Path, *, rank: int = 0) -> Path:
     """Save what CUDA's allocator holds now, as when it has run out of memory."""
     path = folder / OOM_FOLDER / f"rank{rank}_oom_snapshot.pickle"
-    _write(path, _pickled_snapshot())
+    write_whole(path, _pickled_snapshot())
     return path
 
 
 def _pickled_snapshot() -> bytes:
     return pickle.dumps(torch.cuda.memory._snapshot())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a viewer must not be given half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _is_recorded() -> bool:

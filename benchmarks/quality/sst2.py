@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import re
 import sys
@@ -38,6 +37,7 @@ from benchmarks.quality.sst2_data import FILES, Row, Sst2, encoder_folder, probe
 from benchmarks.quality.sst2_record import CLAIM, GOAL, NAME, outcome, refusals
 from benchmarks.quality.sst2_stacks import RATES, RATES_FILE, STACKS, Stack, chosen_rate
 from benchmarks.record import RESULTS, conditions, make_record, write_json, write_record
+from memrt.kernels.quiet import errors_only
 
 __all__ = ["Settings", "Workplace", "main", "train_stack"]
 
@@ -340,16 +340,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = _workplace(folder, data, settings)
     except ValueError as error:
         parser.error(str(error))
-    logger = logging.getLogger("memrt")
-    before = logger.level
-    logger.setLevel(logging.ERROR)  # advice to users of a stack, said again for every run of it
-    try:
+    with errors_only("memrt"):  # advice to users of a stack, said again for every run of it
         if chooses:
             _choose_rates(place, options.choose_rates or list(RATES))
         else:
             _compare(place, options)
-    finally:
-        logger.setLevel(before)
     return 0
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import memrt
 from memrt.cli.arguments import Parser, UsageError, nearest_option
 from memrt.errors import NonFiniteGradientError, NonFiniteLossError
-from memrt.kernels.hub_warning import without_hub_warning
+from memrt.kernels.quiet import without_hub_warning
 
 if TYPE_CHECKING:
     import argparse

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -159,10 +158,12 @@ def _require_free(folder: Path, formats: list[str], *, force: bool) -> None:
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    from memrt.profiling.whole_file import write_whole
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            _replace(folder / name, content)
+            write_whole(folder / name, content)
     except OSError as error:
         raise OSError(
             f"the report could not be written to {folder} ({error.strerror or error}); free "
@@ -171,12 +172,3 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     names = ", ".join(str(folder / name) for name in files)
     if names:
         print(f"report: {names}", file=sys.stderr)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

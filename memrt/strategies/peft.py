@@ -38,7 +38,7 @@ from memrt.adapters import (
 )
 from memrt.base_record import base_record
 from memrt.errors import unknown_name
-from memrt.kernels.hub_warning import without_hub_warning
+from memrt.kernels.quiet import without_hub_warning
 from memrt.optimizer_slots import wide_moments
 from memrt.packed_weights import packed_layers
 from memrt.profiling.accounts import Account
