@@ -3,7 +3,8 @@
 On the CPU time is the processor's, of all threads of the process, so that what else the machine
 does is not in it (take torch to one thread: what waits for work spins); on a GPU it is wall time,
 the device waited for. A case names a model of `benchmarks.shapes` and a number of tokens:
-{"size": "8B", "tokens": 512}, with "layers" and "vocabulary" in place of the model's own.
+{"size": "8B", "tokens": 512}, with "layers" and "vocabulary" in place of the model's own, and a
+"rank" where that is not the benchmark's.
 """
 
 from __future__ import annotations
@@ -98,13 +99,15 @@ def case_name(case: Mapping[str, Any]) -> str:
     """A case in words."""
     layers = case.get("layers")
     part = "" if layers is None else f"{layers} layer{'s' if layers > 1 else ''} of "
-    return f"{part}{case['size']}, {case['tokens']} tokens"
+    rank = f", rank {case['rank']}" if "rank" in case else ""
+    return f"{part}{case['size']}, {case['tokens']} tokens{rank}"
 
 
 def case_ids(case: Mapping[str, Any], sequence_length: int, device: torch.device) -> Tensor:
-    """Random ids [tokens / sequence_length, sequence_length], the same every time."""
+    """Random ids [tokens / length, length], the same every time; at most sequence_length long."""
     generator = torch.Generator().manual_seed(0)
-    shape = (case["tokens"] // sequence_length, sequence_length)
+    length = min(sequence_length, case["tokens"])
+    shape = (case["tokens"] // length, length)
     return torch.randint(case_config(case).vocab_size, shape, generator=generator).to(device)
 
 

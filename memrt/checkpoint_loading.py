@@ -31,6 +31,7 @@ __all__ = [
     "TRAINER_STATE_NAME",
     "damage",
     "has_weight_files",
+    "lacking",
     "load_weights",
     "read_trainer_state",
     "require_readable",
@@ -38,8 +39,13 @@ __all__ = [
 
 TRAINER_STATE_NAME = "trainer_state.json"
 
-_NEEDED = ("optimizer.pt", "scheduler.pt")
-"""Without one of them transformers begins with a new optimizer, and says nothing."""
+_NEEDED = {
+    "optimizer.pt": "optimizer.pt",
+    "scheduler.pt": "scheduler.pt",
+    "rng_state.pth": "rng_state*.pth",
+}
+"""Files, and the names that they may have (a process may have its own). Without one of them
+transformers begins with a new optimizer or draws other numbers, and says nothing."""
 
 
 def read_trainer_state(folder: Path) -> TrainerState:
@@ -70,9 +76,14 @@ def require_readable(folder: Path, *, exact: bool) -> None:
     """Refuse a checkpoint that is damaged, or, where a run must go on exactly, not whole."""
     problems = list(damage(folder))
     if exact:
-        problems += [f"{folder} lacks {n}" for n in _NEEDED if not (folder / n).is_file()]
+        problems += [f"{folder} lacks {name}" for name in lacking(folder)]
     if problems:
         raise ValueError(f"{problems[0]}; resume from another checkpoint")
+
+
+def lacking(folder: Path) -> list[str]:
+    """Files beside the weights without which a run cannot go on as if it had never stopped."""
+    return [name for name, names in _NEEDED.items() if not any(folder.glob(names))]
 
 
 def has_weight_files(folder: Path) -> bool:

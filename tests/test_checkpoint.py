@@ -204,6 +204,7 @@ def test_damaged_state_is_refused_before_anything_changes(damage: str, tmp_path:
         ("rng_state.pth", "empty", [], "rng_state.pth is damaged"),
         ("optimizer.pt", "gone", [SPEC], "lacks optimizer.pt"),
         ("scheduler.pt", "gone", [SPEC], "lacks scheduler.pt"),
+        ("rng_state.pth", "gone", [SPEC], "lacks rng_state.pth"),
     ],
 )
 def test_what_transformers_reads_is_refused_in_one_sentence_too(

@@ -31,7 +31,9 @@ ADAMW_SIZES = {"num_parameters": 16, "elements": 2**24, "steps": 12, "warm_up": 
 GALORE_SIZES = {
     **galore_step.DEFAULTS,
     "cases": [
-        {"size": "8B", "layers": 1, "vocabulary": 1024, "tokens": tokens} for tokens in (2048, 8192)
+        {"size": "8B", "layers": 1, "vocabulary": 1024, "tokens": tokens, "rank": rank}
+        for tokens in (2048, 8192)
+        for rank in (128, 1024)
     ],
     "sequence_length": 2048,
 }

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import get_last_checkpoint
 
 from memrt.checkpoint import check_state, recover, write_json, write_text
-from memrt.checkpoint_loading import TRAINER_STATE_NAME, damage
+from memrt.checkpoint_loading import TRAINER_STATE_NAME, damage, lacking
 from memrt.cli.output import require_writable
 from memrt.cli.train_config import TrainConfig
 from memrt.cli.train_keys import keys
@@ -271,11 +271,11 @@ def _damage(checkpoint: Path) -> Iterator[str]:
                 pass
         except (SafetensorError, OSError) as error:
             yield f"{path} is damaged ({error})"
-    needed = (TRAINER_STATE_NAME, "optimizer.pt", "scheduler.pt")
-    lacking = [name for name in needed if not (checkpoint / name).is_file()]
-    if lacking or not weights:
+    missing = [] if (checkpoint / TRAINER_STATE_NAME).is_file() else [TRAINER_STATE_NAME]
+    missing += lacking(checkpoint)
+    if missing or not weights:
         yield (
-            f"{str(checkpoint)!r} lacks {', '.join(lacking) or 'weights'} (was it written with "
+            f"{str(checkpoint)!r} lacks {', '.join(missing) or 'weights'} (was it written with "
             "save_only_model?)"
         )
     yield from damage(checkpoint)
