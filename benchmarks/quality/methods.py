@@ -50,6 +50,9 @@ METHODS = {
     "fira": Method(strategies=("fira(rank=64, every=50)",), learning_rates=_LOW_RANK),
     "apollo": Method(strategies=("apollo(rank=64)",), learning_rates=_LOW_RANK),
     "apollo_mini": Method(strategies=("apollo_mini",), learning_rates=_LOW_RANK),
+    "lomo": Method(
+        strategies=("lomo(clip='two_pass')",), learning_rates=(0.1, 0.3, 1.0)
+    ),  # a gradient of norm 1 at most
     "adalomo": Method(
         strategies=("adalomo",),
         learning_rates=(5e-4, 2e-3, 8e-3),
@@ -65,6 +68,9 @@ METHODS = {
     "qlora": Method(strategies=("nf4", "peft(rank=16)"), rate_of="lora"),
     "ladder": Method(strategies=(_LADDER + ")",)),
     "ladder, random start": Method(strategies=("ladder(reduction=4, init='random')",)),
+    "ladder, taps kept in FP8": Method(
+        strategies=(_LADDER + ", kept='float8')",), rate_of="ladder"
+    ),
     "ladder, low-rank taps": Method(strategies=(_LADDER + ", taps='low_rank')",)),
     "ladder, projected taps": Method(strategies=(_LADDER + ", taps='projected')",)),
     "ladder, pooled taps": Method(strategies=("ladder(reduction=4, taps='pooled')",)),

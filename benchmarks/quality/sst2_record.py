@@ -1,7 +1,8 @@
 """What the SST-2 runs say: means over seeds, beside full AdamW and the linear probe.
 
 Goals: every stack within 2 points of full AdamW and at least 4 above the probe, as means of 3
-seeds. With fewer seeds nothing is judged.
+seeds. With fewer seeds nothing is judged. For ladders there is a second bound, 1.5 points,
+which the verdict's reason tells of.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ GOAL = (
     "frozen encoder (mean of 3 seeds)"
 )
 BELOW_ADAMW, ABOVE_PROBE = 0.02, 0.04
+LADDER_BELOW_ADAMW = 0.015
 NUM_SEEDS = 3
 
 
@@ -64,10 +66,12 @@ def _stack_row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _judged(row: dict[str, Any], baseline: float | None, probe: float) -> dict[str, Any]:
     below = None if baseline is None else baseline - row["accuracy"]
     above = row["accuracy"] - probe
-    met = None
+    met = closer = None
     if row["seeds"] >= NUM_SEEDS and below is not None:
         met = below <= BELOW_ADAMW and above >= ABOVE_PROBE
-    return {**row, "below_adamw": below, "above_probe": above, "met": met}
+        if any(strategy.startswith("ladder") for strategy in row["strategies"]):
+            closer = below <= LADDER_BELOW_ADAMW
+    return {**row, "below_adamw": below, "above_probe": above, "met": met, "within_1_5": closer}
 
 
 def outcome(
@@ -102,4 +106,8 @@ def _reason(rows: Sequence[Mapping[str, Any]], probe: float) -> str:
     ]
     if missed:
         words.append("missed: " + ", ".join(missed))
+    for answer, word in ((True, "within"), (False, "not within")):
+        ladders = [row["stack"] for row in rows if row["within_1_5"] is answer]
+        if ladders:
+            words.append(f"{word} 1.5 points of AdamW: {', '.join(ladders)}")
     return "; ".join(words)

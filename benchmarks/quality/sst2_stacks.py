@@ -102,10 +102,18 @@ STACKS: dict[str, Stack] = {
     "lomo": Stack(strategies=("lomo(clip='two_pass')",), rates="sgd"),
     "adalomo": Stack(strategies=("adalomo",), rates="adalomo", arguments=_FREE),
     "lora": Stack(strategies=(_LORA,), rates="lora"),
+    "lora + activation_checkpoint": Stack(
+        strategies=(_LORA, "activation_checkpoint"), rates="lora"
+    ),
     "lora + fused_lora": Stack(strategies=(_LORA, "fused_lora"), rates="lora"),
     "nf4 + lora": Stack(strategies=("nf4", _LORA), rates="lora"),
     "int8 + lora": Stack(strategies=("int8", _LORA), rates="lora"),
     "ladder": Stack(strategies=(_LADDER,), rates="ladder", probes=True),
+    "ladder, taps kept in FP8": Stack(
+        strategies=("ladder(reduction=3, init='principal', kept='float8')",),
+        rates="ladder",
+        probes=True,
+    ),
     "ladder, low-rank taps": Stack(
         strategies=("ladder(reduction=4, init='principal', taps='low_rank')",),
         rates="ladder",
@@ -118,6 +126,9 @@ STACKS: dict[str, Stack] = {
     ),
     "ladder, pooled taps": Stack(
         strategies=("ladder(reduction=2, taps='pooled')",), rates="ladder"
+    ),
+    "ladder, pooled taps, checkpointed": Stack(
+        strategies=("ladder(reduction=2, taps='pooled', checkpoint=True)",), rates="ladder"
     ),
     "activation_checkpoint + offload_activations": Stack(
         strategies=("activation_checkpoint", "offload_activations")

@@ -100,6 +100,21 @@ def test_goals_are_judged_by_means_of_three_seeds() -> None:
     assert outcome(runs({BASELINE: (0.86, 0.85)}), probe, {})["met"] is None
     assert outcome(runs({"lisa": (0.86, 0.85, 0.86)}), probe, {})["met"] is None
 
+    ladders = outcome(
+        runs(
+            {
+                BASELINE: (0.86, 0.85, 0.87),
+                "ladder": (0.846, 0.845, 0.847),  # 1.4 points below
+                "ladder, pooled taps": (0.844, 0.843, 0.845),  # 1.6 below
+                "lora": (0.8, 0.8, 0.8),
+            }
+        ),
+        probe,
+        {},
+    )
+    assert "; within 1.5 points of AdamW: ladder; not within" in ladders["reason"]
+    assert ladders["reason"].endswith("not within 1.5 points of AdamW: ladder, pooled taps")
+
     record = make_record(
         name="sst2",
         claim="c",
