@@ -72,6 +72,9 @@ METHODS = {
         strategies=(_LADDER + ", kept='float8')",), rate_of="ladder"
     ),
     "ladder, low-rank taps": Method(strategies=(_LADDER + ", taps='low_rank')",)),
+    "ladder, low-rank taps, rate of ladder": Method(
+        strategies=(_LADDER + ", taps='low_rank')",), rate_of="ladder"
+    ),
     "ladder, projected taps": Method(strategies=(_LADDER + ", taps='projected')",)),
     "ladder, pooled taps": Method(strategies=("ladder(reduction=4, taps='pooled')",)),
     "ladder, pooled taps, checkpointed": Method(
