@@ -13,6 +13,9 @@ stay until the second pass. It also knows of a gradient that is not finite in ti
 skipped as a whole. The one-pass form finds it when weights have changed, and stops.
 
 With several micro-batches `"two_pass"` takes one pass and leaves the sum to the ordinary step.
+
+`embeddings=False` leaves what lies outside the repeated layers to that step: those gradients stay
+until it, 4 bytes an element (2 in bf16), and the layers' alone are applied in backward.
 """
 
 from __future__ import annotations
@@ -28,12 +31,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from memrt.active_set import trainable_by_layer
 from memrt.errors import NonFiniteGradientError
 from memrt.gradients import clip_factor
 from memrt.kernels.finite import all_finite
 from memrt.optimizer_slots import require_adamw
 from memrt.profiling.accounts import Account
-from memrt.strategy import Attachment, Claim, Phase, Promise, Rule, Slot, Strategy
+from memrt.strategy import EVERYTHING, Attachment, Claim, Phase, Promise, Rule, Slot, Strategy
 from memrt.structure import RunSettings
 
 if TYPE_CHECKING:
@@ -61,6 +65,7 @@ class UpdateInBackward(Strategy):
     """What strategies that own the time of update have in common.
 
     clip: "none", or "two_pass" for `max_grad_norm` and for steps that are skipped as a whole.
+    embeddings: whether everything outside the layers is updated in backward too, or at the step.
     """
 
     phase: ClassVar[Phase] = Phase.UPDATE
@@ -70,10 +75,13 @@ class UpdateInBackward(Strategy):
     breaks: ClassVar[frozenset[Promise]] = frozenset({Promise.GRADIENTS_OUTLIVE_BACKWARD})
 
     clip: str = "none"
+    embeddings: bool = True
 
     def __post_init__(self) -> None:
         if self.clip not in CLIP:
             raise ValueError(f"clip={self.clip!r}: use one of {', '.join(CLIP)}")
+        if not isinstance(self.embeddings, bool):
+            raise ValueError(f"embeddings={self.embeddings!r}: must be True or False")
 
     @property
     def clips(self) -> bool:
@@ -90,10 +98,29 @@ class UpdateInBackward(Strategy):
                 f"{self.name}(clip='two_pass') (exact, a second backward pass) or max_grad_norm=0"
             )
         _refuse_reentrant(facts.model)
+        self.in_backward(facts)
+
+    def in_backward(self, facts: Facts) -> frozenset[str]:
+        """Names of the parameters that are updated in backward; all others wait for the step."""
+        layers, outside = trainable_by_layer(facts)
+        inside = [name for names in layers.values() for name in names]
+        if self.embeddings:
+            return frozenset([*inside, *outside])
+        if not outside:
+            raise ValueError(
+                "embeddings=False has no effect: nothing outside the layers trains; leave it out"
+            )
+        if not inside:
+            raise ValueError(
+                f"embeddings=False leaves nothing of {type(facts.model).__name__} to update in "
+                "backward: it has no repeated layers with trainable parameters; leave it out"
+            )
+        return frozenset(inside)
 
     def claims(self, facts: Facts) -> list[Claim]:
-        """The time of every update; with two passes the backward too."""
-        time = Claim(slot=Slot.UPDATE_TIME)
+        """The time of updates, of every one or of the layers'; with two passes the backward too."""
+        scope = EVERYTHING if self.embeddings else self.in_backward(facts)
+        time = Claim(slot=Slot.UPDATE_TIME, scope=scope)
         return [time, Claim(slot=Slot.BACKWARD)] if self.clips else [time]
 
     def rules(self, settings: RunSettings) -> list[Rule]:
@@ -187,6 +214,7 @@ class BackwardUpdates(Attachment):
         self._driven = False
         self._told = False
         self._names = {p: name for name, p in run.model.named_parameters() if p.requires_grad}
+        self._updated_here = settings.in_backward(run.facts)
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
             for p in self._names
@@ -195,10 +223,10 @@ class BackwardUpdates(Attachment):
             self._tell_accumulation()
 
     def rules(self) -> list[Rule]:
-        """When every parameter is updated, and what its optimizer is made of."""
+        """When parameters are updated, and what their optimizer is made of."""
         time = Rule(
             slot=Slot.UPDATE_TIME,
-            match=lambda name, parameter: True,
+            match=lambda name, parameter: name in self._updated_here,
             build=lambda name, parameter: "backward",
         )
         return [time, *self.settings.rules(self.run.facts.settings)]
@@ -214,7 +242,7 @@ class BackwardUpdates(Attachment):
                 f"{self.name}: the gradient of {self._names[parameter]} is {gradient.layout}, and "
                 "updates take dense ones; use nn.Embedding(sparse=False)"
             )
-        if self._pass is _Pass.KEEP:
+        if not self._takes(parameter):
             return
         if parameter in self._seen:
             raise RuntimeError(
@@ -231,6 +259,12 @@ class BackwardUpdates(Attachment):
                 gradient.mul_(self._factor.to(gradient.device))
             cast("StepsParameters", self.run.optimizer).step_parameters([parameter])
         parameter.grad = None
+
+    def _takes(self, parameter: nn.Parameter) -> bool:
+        """Whether this pass drops the gradient, applied or not."""
+        if self._pass is _Pass.APPLY:
+            return self._names[parameter] in self._updated_here
+        return self._pass is _Pass.MEASURE
 
     @contextmanager
     def _passing(self, kind: _Pass) -> Iterator[None]:

@@ -32,6 +32,7 @@ class AdaLomo(RuleInBackward):
     """Settings (the authors' defaults); the learning rate is the run's.
 
     clip: "none" or "two_pass", as for `in_backward`.
+    embeddings: as for `in_backward`; what waits for the step has this rule all the same.
     clip_threshold: the largest root mean square of a parameter's update, before the rate.
     decay_rate: step t weighs t ** decay_rate in the second moment; between -1 and 0.
     """

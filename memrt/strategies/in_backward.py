@@ -26,6 +26,8 @@ class InBackward(UpdateInBackward):
 
     clip: "none" (one pass; `max_grad_norm` is refused; a gradient that is not finite ends the run)
         or "two_pass" (exact clipping; such a step is skipped as a whole and counted).
+    embeddings: whether everything outside the layers (embeddings, final norm, head) is updated in
+        backward too; False: at the step, and its gradients stay until then.
     """
 
     name: ClassVar[str] = "in_backward"

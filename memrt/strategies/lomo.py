@@ -31,6 +31,7 @@ class Lomo(RuleInBackward):
     """Settings; the learning rate is the run's.
 
     clip: "none" or "two_pass", as for `in_backward`.
+    embeddings: as for `in_backward`; what waits for the step has this rule all the same.
     clip_value: the largest magnitude of an element of a gradient; None: no bound.
     """
 

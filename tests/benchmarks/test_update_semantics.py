@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import update_semantics
-from benchmarks.update_semantics import COLUMNS, FORMS, KEPT, LOST, REFUSED, semantics
+from benchmarks.update_semantics import (
+    COLUMNS,
+    FORMS,
+    KEPT,
+    LOST,
+    REFUSED,
+    semantics,
+    updates_in_backward,
+)
 from memrt.update_time import BackwardUpdates
 
 Table = dict[str, dict[str, str]]
@@ -24,32 +32,47 @@ def test_nothing_is_lost_without_a_word(table: Table) -> None:
 
 
 @pytest.mark.parametrize(
-    "column", ["accumulation", "schedulers", "options of groups", "tied weights", "checkpointing"]
+    "column",
+    [
+        "accumulation",
+        "schedulers",
+        "options of groups",
+        "embeddings and head switchable",
+        "tied weights",
+        "checkpointing",
+        "mixed dtypes",
+    ],
 )
 def test_every_form_keeps(table: Table, column: str) -> None:
     assert {cells[column] for cells in table.values()} == {KEPT}
 
 
 def test_in_backward_forms_refuse_what_needs_all_gradients(table: Table) -> None:
-    for stack, cells in table.items():
-        backward = "in_backward" in stack or "lomo" in stack
-        one_pass = backward and "two_pass" not in stack
-        assert cells["max_grad_norm"] == (REFUSED if one_pass else KEPT), stack
-        assert (cells["fp16 scaling"] == REFUSED) == backward, stack
-        assert (cells["reentrant"] == REFUSED) == backward, stack
-        assert cells["DDP"] == REFUSED, stack
+    for form, cells in zip(FORMS, table.values(), strict=True):
+        backward = updates_in_backward(form)
+        one_pass = backward and "two_pass" not in form[-1]
+        assert cells["max_grad_norm"] == (REFUSED if one_pass else KEPT), form
+        assert cells["fp16 scaling"] == (REFUSED if backward else KEPT), form
+        assert cells["reentrant"] == (REFUSED if backward else KEPT), form
+        assert cells["DDP"] == REFUSED, form
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if len(f) > 1], ids="+".join)
+def test_two_passes_clip_whatever_the_update_is(form: tuple[str, ...]) -> None:
+    assert update_semantics.clipping((*form[:-1], "in_backward(clip='two_pass')")) == KEPT
 
 
 def test_gradients_are_held_as_the_accounts_say(table: Table) -> None:
-    """All of them with two micro-batches; a fraction with one."""
-    for stack, cells in table.items():
+    """All of them with two micro-batches (projected ones are small); a fraction with one."""
+    for form, cells in zip(FORMS, table.values(), strict=True):
         one, two = (
             int(cells[name].removesuffix(" %"))
             for name in ("gradients held, 1 micro-batch", "2 micro-batches")
         )
-        assert one < 60, stack
-        if "in_backward" in stack or "lomo" in stack:
-            assert two >= (one + 10 if "galore" in stack else 100), stack
+        assert one < 60, form
+        if updates_in_backward(form):
+            projected = cells["grad_norm"] == "projected"
+            assert (two >= one + 5) if projected else (two == 100), form
 
 
 def test_the_trials_find_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,3 +95,11 @@ def test_the_trials_find_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("memrt.update_time.clip_factor", without)
     assert update_semantics.clipping(two) == LOST
+
+
+@pytest.mark.parametrize("form", [("lisa(layers=2, every=1)",), ("in_backward",)], ids="+".join)
+def test_the_trial_of_the_switch_finds_one_without_effect(
+    form: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update_semantics, "SWITCHES", ())
+    assert update_semantics.embeddings_and_head(form) == LOST

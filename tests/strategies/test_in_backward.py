@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -25,7 +26,7 @@ from memrt.session import Session
 from memrt.structure import RunSettings
 from memrt.testing import tiny_batches, tiny_config
 from tests import trainer_runs
-from tests.strategies.active_runs import steps_of, train, weights
+from tests.strategies.active_runs import OUTSIDE, steps_of, train, weights
 from tests.strategies.runs import assert_equal, batch_of, model_of, states
 
 ONE, TWO = "in_backward", "in_backward(clip='two_pass')"
@@ -50,6 +51,10 @@ OPTIONS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
         ("gpt2", torch.bfloat16, ["apollo(rank=4)", "fp8_states"]),
         ("llama", torch.float32, ["fira(rank=4)"]),  # projects a gradient that is formed
         ("gpt2", torch.float32, ["galore(rank=4, every=3)", "badam(every=2)", "int8_states"]),
+        ("llama", torch.bfloat16, ["galore(rank=4, every=3, form='plain')", "fp8_states"]),
+        ("gpt2", torch.float32, ["q_galore(rank=4, every=3)"]),
+        ("llama", torch.bfloat16, ["apollo_mini(every=3)"]),
+        ("plain", torch.bfloat16, ["int4_states"]),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else str(value),
 )
@@ -245,6 +250,72 @@ def test_layers_are_extrapolated(form: str) -> None:
     assert len(quick.simulated_layers) == 3
     assert quick.simulation.peak.accounts == whole.simulation.peak.accounts
     assert quick.simulation.account_maxima == whole.simulation.account_maxima
+
+
+# ---------------------------------------------------------------- embeddings and head
+
+
+@pytest.mark.parametrize(
+    ("spec", "norm"),
+    [
+        ("in_backward", 0.0),
+        ("in_backward(clip='two_pass')", 0.3),
+        ("lomo(clip='two_pass')", 0.3),
+        ("adalomo", 0.0),
+    ],
+    ids=["one pass", "two passes", "lomo", "adalomo"],
+)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_lies_outside_the_layers_can_wait_for_the_step(
+    family: str, spec: str, norm: float
+) -> None:
+    """Equal bits and norms; its gradients are there after backward, and the layers' are not."""
+    found = []
+    for value in (True, False):
+        (strategy,) = parse_all([spec])
+        model = model_of(family, hidden=64, layers=3)
+        run = Session(
+            model,
+            [dataclasses.replace(strategy, embeddings=value)],  # type: ignore[call-arg]
+            settings=RunSettings(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=norm),
+        )
+        named = list(model.named_parameters())
+        run.adopt_optimizer(run.build_optimizer([{"params": named}]))
+        norms = []
+        for step in range(3):
+            torch.manual_seed(500 + step)
+            with run.micro_batch():
+                run.backward(model_loss(model, batch_of(family, seed=step)))
+            waiting = {name for name, p in named if p.grad is not None}
+            assert waiting == (set() if value else OUTSIDE[family])
+            norms.append(run.gradient_norm())
+            run.step()
+        found.append((weights(model), norms))
+    assert_equal(found[1][0], found[0][0])
+    assert torch.equal(torch.stack(found[1][1]), torch.stack(found[0][1]))
+    assert max(found[0][1]) > norm
+
+
+def test_what_waits_is_in_the_gradients_account() -> None:
+    model = model_of("plain", layers=6)
+    sizes = {name: p.numel() * 4 for name, p in model.named_parameters()}
+    waiting = sum(sizes[name] for name in OUTSIDE["plain"])
+    largest = max(size for name, size in sizes.items() if name not in OUTSIDE["plain"])
+    held = _counted("plain", ["in_backward(embeddings=False)"], layers=6).account_maxima()
+    assert waiting <= held["gradients"] <= waiting + 2 * largest < sum(sizes.values()) / 2
+
+
+def test_a_switch_without_effect_is_refused() -> None:
+    spec = "in_backward(embeddings=False)"
+    model = model_of("plain")
+    for name in ("embedding", "head"):
+        model.get_submodule(name).requires_grad_(False)
+    with pytest.raises(ConflictError, match="no effect: nothing outside the layers trains"):
+        memrt.prepare(model, [spec])
+    with pytest.raises(ConflictError, match="leaves nothing of Linear to update in backward"):
+        memrt.prepare(nn.Linear(2, 2), [spec])
+    with pytest.raises(ValueError, match="embeddings=0: must be True or False"):
+        memrt.prepare(model, ["lomo(embeddings=0)"])
 
 
 # ---------------------------------------------------------------- gradients that are not finite

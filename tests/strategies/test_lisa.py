@@ -40,6 +40,32 @@ def drawn(run: Session) -> list[int]:
     return active_of(run, "lisa")
 
 
+# ---------------------------------------------------------------- checkpoints of transformers' own
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "spec",
+    ["lisa(layers=1, every=1)", "lisa(layers=1, every=1, embeddings=False)", "badam(every=1)"],
+)
+def test_reentrant_checkpoints_change_no_bit(spec: str, family: str) -> None:
+    """Where nothing before the layers trains they give no gradient to a layer, if nothing is done.
+
+    transformers makes the embeddings' output want one.
+    """
+    found = []
+    for reentrant in (False, True):
+        model = model_of(family, layers=3)
+        if reentrant:
+            getattr(model, f"{trainer_runs.CHECKPOINTING}_enable")({"use_reentrant": True})
+        run = memrt.prepare(model, [spec], lr=1e-2)
+        before = weights(model)
+        train(run, family, count=3)
+        found.append(weights(model))
+        assert any(not torch.equal(found[-1][n], before[n]) for n in before if ".0." in n)
+    assert_equal(*found)
+
+
 # ---------------------------------------------------------------- all layers
 
 
