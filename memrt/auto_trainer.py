@@ -6,6 +6,7 @@ first `MAX_ROWS` examples, collated as the Trainer collates them.
 
 from __future__ import annotations
 
+import ast
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -16,9 +17,11 @@ import torch
 
 from memrt import registry
 from memrt.auto import Choice, choose
+from memrt.compose import conflicts
 from memrt.model_source import TASKS, class_names
 from memrt.planning import facts_of
 from memrt.runner import Batch, model_loss
+from memrt.structure import Facts, discover
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,6 +51,8 @@ def choice_for_trainer(trainer: Any, named: Sequence[Strategy], budget: str) -> 
         )
     _require_as_configured(model, budget)
     batch = _largest_batch(trainer)
+    ids = batch.get("input_ids")
+    width: dict[str, Any] = {} if ids is None else {"sequence_length": ids.shape[1]}
     mixed = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     return require_fitting(
         choose(
@@ -60,6 +65,8 @@ def choice_for_trainer(trainer: Any, named: Sequence[Strategy], budget: str) -> 
             window=[batch] * args.gradient_accumulation_steps,
             loss_of=autocast_loss(mixed),
             task=_task_of(model),
+            on_plan=_refusing(trainer),
+            **width,
         )
     )
 
@@ -91,6 +98,33 @@ def strategies_within(trainer: Any, named: Sequence[Strategy], budget: str) -> l
     trainer.memory_choice = choice
     logger.warning("memory_budget=%s: %s", budget, choice.explain())
     return registry.parse_all(choice.strategies)
+
+
+def _refusing(trainer: Any) -> Callable[[str], None]:
+    """Refuses, before it is planned, a stack that this Trainer and its model refuse.
+
+    A Trainer may checkpoint activations or fuse the head itself (TRL's does), which no config says.
+    """
+    model = trainer._bare_model()
+    facts = Facts(model=model, structure=discover(model), settings=trainer._run_settings())
+
+    def check(label: str) -> None:
+        problems = conflicts(_stack_of(label), facts)
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    return check
+
+
+def _stack_of(label: str) -> list[Strategy]:
+    """The strategies that the label of a plan joins with a plus."""
+    if label == "none":
+        return []
+    rest, found = ast.parse(label, mode="eval").body, []
+    while isinstance(rest, ast.BinOp):
+        found.append(rest.right)
+        rest = rest.left
+    return registry.parse_all(ast.unparse(each) for each in [*found, rest])
 
 
 def require_fitting(choice: Choice) -> Choice:

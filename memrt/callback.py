@@ -19,7 +19,7 @@ from memrt.compose import MARK
 from memrt.memory_report import MemoryReport
 from memrt.session import Session
 
-__all__ = ["MemoryProfilerCallback"]
+__all__ = ["MemoryProfilerCallback", "two_counts"]
 
 
 class MemoryProfilerCallback(transformers.TrainerCallback):  # type: ignore[misc]
@@ -142,7 +142,12 @@ def _refuse_strategies(args: Any, model: nn.Module) -> None:
     """A session of memrt's own counts what strategies hold; this one would not know of them."""
     named = ("strategies", "memory_budget", "memory_report")
     if vars(model).get(MARK) or any(getattr(args, name, None) for name in named):
-        raise ValueError(
-            "MemoryProfilerCallback is for a Trainer without strategies, and memrt.Trainer counts "
-            "itself: set memory_report=True and leave the callback out"
-        )
+        raise two_counts()
+
+
+def two_counts() -> ValueError:
+    """The error of a callback beside a Trainer that has strategies, or counts itself."""
+    return ValueError(
+        "MemoryProfilerCallback is for a Trainer without strategies, and memrt.Trainer counts "
+        "itself: set memory_report=True and leave the callback out"
+    )

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from memrt import registry
 from memrt.auto_trainer import strategies_within
+from memrt.callback import MemoryProfilerCallback, two_counts
 from memrt.checkpoint import recover
 from memrt.errors import ConflictError, NonFiniteLossError
 from memrt.evaluation import EvaluationMixin
+from memrt.gpus import check_budget
 from memrt.memory_report import MemoryReport, ReportMixin
 from memrt.optimizer_slots import needs_memrt
 from memrt.plain_loop import refuse_unused_rounding
@@ -63,8 +65,15 @@ class _Steps(transformers.TrainerCallback):  # type: ignore[misc]
 class MemoryMixin(EvaluationMixin, ReportMixin):
     """Put it before a Trainer class: `class T(MemoryMixin, SomeTrainer)`.
 
-    Takes `strategies` (names such as `"lisa(layers=2)"`, JSON, or Strategy objects) unless the
-    arguments have them, and `probe_dataset`, the held-out data that some strategies look at.
+    The fields of `memrt.TrainingArguments` that plain arguments (of transformers, of TRL) lack are
+    keywords too; what both say must be the same.
+
+    strategies: names such as `"lisa(layers=2)"`, JSON, or Strategy objects; only in one place.
+    memory_budget: a card or a size, such as `"24GiB"`: adds the strategies that change training
+        least and fit it, when the Trainer is made; `memory_choice` says which, and why.
+    memory_report: count the first 3 optimizer steps, watch the rest, and write
+        `<output_dir>/memrt/report.md`, `.json` and `.html`.
+    probe_dataset: the held-out data that some strategies look at.
     """
 
     args: Any
@@ -82,10 +91,16 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
         self,
         *args: Any,
         strategies: Sequence[str | Strategy | Mapping[str, Any]] | None = None,
+        memory_budget: str | None = None,
+        memory_report: bool | None = None,
         probe_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         self._built: torch.optim.Optimizer | None = None
+        if memory_budget is not None:
+            check_budget(memory_budget)
+        if memory_report is not None and not isinstance(memory_report, bool):
+            raise ValueError(f"memory_report={memory_report!r}: must be True or False")
         super().__init__(*args, **kwargs)
         in_arguments = getattr(self.args, "strategies", [])
         if strategies and in_arguments:
@@ -97,14 +112,15 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
         self._strategies = registry.parse_all(
             join(registry.parse_all(strategies or in_arguments), named, subject="args.optim")
         )
-        budget = getattr(self.args, "memory_budget", None)
+        budget = _said_once("memory_budget", memory_budget, self.args)
         if budget is not None:
+            unwrap_mixed_precision(self._bare_model())
             self._strategies = strategies_within(self, self._strategies, budget)
         if probe_dataset is not None and not self._strategies:
             raise ValueError("probe_dataset is what strategies look at, and there is none")
         self._probe_dataset = probe_dataset
         self._stop_on_nonfinite = getattr(self.args, "stop_on_nonfinite", False)
-        self._report_is_due = getattr(self.args, "memory_report", False)
+        self._report_is_due = bool(_said_once("memory_report", memory_report, self.args))
         if self._strategies or self._report_is_due:
             self._attach()
             self.add_callback(_Steps(self))
@@ -187,6 +203,10 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
         """transformers' `train`, once what a killed save may have left is in order."""
         if self._strategies and not getattr(self.session, "attachments", None):
             raise RuntimeError("the model was exported without its strategies; make a new Trainer")
+        if self._report_is_due and any(
+            isinstance(each, MemoryProfilerCallback) for each in self.callback_handler.callbacks
+        ):
+            raise two_counts()
         if self.args.should_save:
             recover(Path(self.args.output_dir))
         self.accelerator.wait_for_everyone()
@@ -326,6 +346,19 @@ def unwrap_mixed_precision(model: nn.Module) -> None:
     vars(model).pop("_is_accelerate_prepared", None)
     if getattr(original, "__func__", None) is not type(model).forward:
         model.forward = original  # it was the instance's own before
+
+
+def _said_once(name: str, keyword: Any, arguments: Any) -> Any:
+    """A setting of the Trainer's keywords or of its arguments, which may not differ."""
+    found = getattr(arguments, name, None)
+    if keyword is None:
+        return found
+    if found and found != keyword:
+        raise ValueError(
+            f"{name}={keyword!r} was given to the Trainer and {name}={found!r} in its arguments; "
+            "give it in one place"
+        )
+    return keyword
 
 
 def _optimizer_conflict(optimizer: str, session: Session) -> ConflictError:

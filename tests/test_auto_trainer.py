@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 
 import memrt
 from memrt import TrainingArguments
 from memrt.auto import Choice
-from memrt.auto_trainer import choice_for_trainer
+from memrt.auto_trainer import _stack_of, choice_for_trainer
 from memrt.cli.main import main
+from memrt.errors import ConflictError
 from memrt.planning import Plan
 from tests.cli.train_runs import SHORT, write_model, write_text
-from tests.trainer_runs import examples, model_of, trainer_of
+from tests.trainer_runs import CHECKPOINTING, examples, model_of, trainer_of
 
 
 def _needed(trainer: Any) -> Plan:
@@ -62,6 +64,42 @@ def test_a_trainer_that_cannot_fit_says_what_was_tried(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^memory_budget=24: must be text, such as '24GiB'"):
         TrainingArguments(output_dir=str(tmp_path), memory_budget=24)
     assert trainer_of(tmp_path).memory_choice is None
+
+
+def test_budget_and_report_are_keywords_of_the_trainer_too(tmp_path: Path) -> None:
+    """Plain arguments of transformers have neither; where both can say it, they say the same."""
+    plain: dict[str, Any] = {"arguments_cls": transformers.TrainingArguments}
+    keywords = {"memory_budget": "24GiB", "memory_report": True}
+    for place in ({"options": keywords, **plain}, keywords, {"options": keywords, **keywords}):
+        trainer = trainer_of(tmp_path, **place)
+        assert trainer.memory_choice.plan.gpu.text == "24GiB"
+        assert trainer._report is not None
+    assert trainer_of(tmp_path, **plain).memory_choice is None
+    off = trainer_of(tmp_path, options={"memory_report": False})
+    assert off._report is None
+    for name, keyword, other in (
+        ("memory_budget", "24GiB", "80GiB"),
+        ("memory_report", False, True),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}={keyword!r} was given .*{other!r} in its"):
+            trainer_of(tmp_path, options={name: keyword}, **{name: other})
+    with pytest.raises(ValueError, match="memory_budget='much' is neither"):
+        trainer_of(tmp_path, options={"memory_budget": "much"}, **plain)
+    with pytest.raises(ValueError, match=r"memory_report='no': must be True or False"):
+        trainer_of(tmp_path, options={"memory_report": "no"}, **plain)
+
+
+def test_nothing_is_chosen_that_the_trainer_itself_refuses(tmp_path: Path) -> None:
+    """transformers' own checkpointing is in no plan, and owns the recompute."""
+    own = {CHECKPOINTING: True}
+    needed = _needed(trainer_of(tmp_path)).device_bytes["high"]
+    choice = trainer_of(tmp_path, memory_budget=str(needed - 1), **own).memory_choice
+    assert choice.fits
+    assert not any("activation_checkpoint" in spec for spec in choice.strategies)
+    with pytest.raises(ConflictError, match=r"gradient_checkpointing=True and activation_check"):
+        trainer_of(tmp_path, memory_budget="1GiB", strategies=["activation_checkpoint"], **own)
+    named = ["galore(rank=4, targets=('q+proj', 'up_proj'))", "int8_states"]
+    assert [str(each) for each in _stack_of("+".join(named))] == named
 
 
 def test_a_model_that_its_config_does_not_describe_is_refused(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_a_trainer_that_counts_itself_is_told_so(tmp_path: Path) -> None:
         {"memory_report": True},
         {"strategies": ["lisa(layers=1)"]},
         {"arguments_cls": transformers.TrainingArguments, "options": {"strategies": ["lisa"]}},
+        {"arguments_cls": transformers.TrainingArguments, "options": {"memory_report": True}},
     ]
     for number, settings in enumerate(ours):
         callbacks = [memrt.MemoryProfilerCallback()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,25 @@ def test_resume_in_the_middle_is_exact(tmp_path: Path, tokenizer: Any, stack: li
         tmp_path / "resumed", tokenizer, strategies=stack, arguments=saves, resume=checkpoint
     )
     assert_equal(resumed, whole)
+
+
+def test_budget_and_report_without_memrts_arguments(tmp_path: Path, tokenizer: Any) -> None:
+    """`SFTConfig` has no field for them; the choice is for the longest of TRL's own batches."""
+    probe = trainer_of(tmp_path / "probe", tokenizer, memory_budget="24GiB")
+    assert probe.memory_choice.strategies == ()
+    longest = max(len(row["input_ids"]) for row in probe.train_dataset)
+    assert probe.memory_choice.plan.shape.sequence_length == longest
+    budget = str(probe.memory_choice.plan.device_bytes["high"] - 1)
+    trainer, _ = trained(tmp_path / "run", tokenizer, memory_budget=budget, memory_report=True)
+    choice = trainer.memory_choice
+    assert choice.strategies == tuple(map(str, trainer.session.strategies)) != ()
+    fused = [each for each in choice.candidates if "fused_loss" in each.stack]
+    assert {each.verdict for each in fused} <= {"refused", "not planned"}
+    assert "TRL's SFTTrainer does it to fuse its own head" in choice.explain()
+    report = json.loads((tmp_path / "run/memrt/report.json").read_text())
+    assert report["conditions"]["strategies"] == list(choice.strategies)
+    assert report["num_counted_steps"] == 3
+    assert report["accounts"]["optimizer"] > 0
 
 
 def test_trls_own_checkpointing_beside_ours_is_refused_by_name(
