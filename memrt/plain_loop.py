@@ -20,12 +20,17 @@ from memrt.session import Session
 from memrt.structure import RunSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from memrt.profiling.ledger import Ledger
     from memrt.strategy import Strategy
 
-__all__ = ["prepare", "refuse_unused_rounding"]
+__all__ = ["prepare", "refuse_untrained", "refuse_unused_rounding"]
+
+_REMEDY = (
+    "leave optimizer out and pass lr, betas, eps, weight_decay, or make it over the model's "
+    "parameters after memrt.prepare and call run.adopt_optimizer with it"
+)
 
 
 def prepare(
@@ -49,7 +54,8 @@ def prepare(
     AdamW's settings are torch's, but for a `weight_decay` of 0: `lr=1e-3, betas=(0.9, 0.999),
     eps=1e-8`. `accumulation_steps=0` says that the loop decides window by window. `optimizer`
     replaces the built one: it is refused together with settings of AdamW, which it would not heed,
-    and when a strategy brings a part of the optimizer. Where one does (`lisa` and `badam`: to bf16
+    when a strategy brings a part of the optimizer, and when one adds parameters that train, which
+    an optimizer of before cannot hold. Where a strategy brings a part (`lisa` and `badam`: to bf16
     weights), bf16 is rounded stochastically, or to the nearest with `stochastic_rounding=False`.
     """
     if not isinstance(model, nn.Module):
@@ -70,6 +76,7 @@ def prepare(
         seed=seed,
         stochastic_rounding=stochastic_rounding is not False,
     )
+    before = set(model.parameters())
     run = Session(
         model,
         registry.parse_all(strategies),
@@ -80,7 +87,10 @@ def prepare(
     try:
         if stochastic_rounding is not None:
             refuse_unused_rounding(run, stochastic_rounding)
-        run.adopt_optimizer(_optimizer(run, optimizer, decay))
+        if optimizer is not None:
+            _refuse_rules(run, optimizer)
+            refuse_untrained(run, optimizer, before=before, remedy=_REMEDY)
+        run.adopt_optimizer(_adamw(run, decay) if optimizer is None else optimizer)
     except BaseException:
         run.detach()
         raise
@@ -126,16 +136,44 @@ def _check_objects(stochastic_rounding: Any, optimizer: Any, probe_batches: Any)
         )
 
 
-def _optimizer(
-    run: Session, given: torch.optim.Optimizer | None, weight_decay: float
-) -> torch.optim.Optimizer:
-    if given is None:
-        named = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
-        return run.build_optimizer([{"params": named, "weight_decay": weight_decay}])
+def _adamw(run: Session, weight_decay: float) -> torch.optim.Optimizer:
+    named = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
+    return run.build_optimizer([{"params": named, "weight_decay": weight_decay}])
+
+
+def _refuse_rules(run: Session, given: torch.optim.Optimizer) -> None:
+    """Strategies that bring parts of the optimizer beside one of the user's."""
     if run.rules():
         raise ValueError(
             f"optimizer={type(given).__name__} cannot be combined with "
             f"{', '.join(a.name for a in run.attachments if a.rules())}, which bring parts of the "
             "optimizer; leave optimizer out and pass lr, betas, eps, weight_decay"
         )
-    return given
+
+
+def refuse_untrained(
+    run: Session,
+    optimizer: torch.optim.Optimizer,
+    *,
+    before: Collection[nn.Parameter],
+    remedy: str,
+) -> None:
+    """Refuse a user's optimizer that lacks what a strategy added, or holds nothing that trains.
+
+    `before`: the model's parameters when the strategies came. Those of them that the optimizer
+    lacks may have been left out on purpose.
+    """
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    added = [name for name, p in trained.items() if p not in held and p not in before]
+    if added:
+        strategies = ", ".join(attachment.name for attachment in run.attachments)
+        raise ValueError(
+            f"optimizer={type(optimizer).__name__} was made before {strategies} added {added[0]!r} "
+            f"(the first of {len(added)} tensors), and would not train it; {remedy}"
+        )
+    if trained and held.isdisjoint(trained.values()):
+        raise ValueError(
+            f"optimizer={type(optimizer).__name__} holds none of the {len(trained)} parameters "
+            f"that train; {remedy}"
+        )

@@ -26,7 +26,7 @@ from memrt.evaluation import EvaluationMixin
 from memrt.gpus import check_budget
 from memrt.memory_report import MemoryReport, ReportMixin
 from memrt.optimizer_slots import needs_memrt
-from memrt.plain_loop import refuse_unused_rounding
+from memrt.plain_loop import refuse_untrained, refuse_unused_rounding
 from memrt.session import Session
 from memrt.structure import RunSettings
 from memrt.translation import join, with_own_optimizer
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryMixin", "Trainer", "unwrap_mixed_precision"]
 
+_OWN_OPTIMIZER = (
+    "leave it out of optimizers and give its class and settings as optimizer_cls_and_kwargs, from "
+    "which the Trainer makes it over all that trains"
+)
 _TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -136,6 +140,7 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
         settings = self._run_settings()
         model = self._bare_model()
         unwrap_mixed_precision(model)  # an earlier Trainer's would hide a forward of a strategy's
+        before = set(model.parameters())
         session = Session(
             model,
             self._strategies,
@@ -148,6 +153,8 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
                 raise _optimizer_conflict(settings.optimizer, session)
             if not settings.stochastic_rounding:
                 refuse_unused_rounding(session, settings.stochastic_rounding)
+            if session.attachments and self.optimizer is not None:
+                refuse_untrained(session, self.optimizer, before=before, remedy=_OWN_OPTIMIZER)
         except BaseException:
             session.detach()
             raise
