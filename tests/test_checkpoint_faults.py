@@ -14,12 +14,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
 from memrt import checkpoint
 from memrt.checkpoint import STATE_NAME, staged
 from memrt.errors import CheckpointWriteError
-from tests.trainer_runs import assert_equal, assert_same, run, saved_state, trainer_of, weights
+from tests.trainer_runs import (
+    assert_equal,
+    assert_same,
+    model_of,
+    run,
+    saved_state,
+    trainer_of,
+    weights,
+)
 
 SPEC = "lisa(layers=1, every=2, parked='host')"
 SAVING = {"save_strategy": "steps", "save_steps": 1}
@@ -85,6 +94,67 @@ def test_killed_at_any_moment_of_a_save_leaves_whole_checkpoints(
         if last is not None:
             assert names_in(Path(last)) == complete
     assert newest == 6
+
+
+METHODS: dict[str, list[str]] = {
+    "galore": ["galore(rank=4, every=2)"],
+    "galore in backward": ["galore(rank=4, every=2)", "in_backward(clip='two_pass')"],
+    "galore plain": ["galore(rank=4, every=2, form='plain')", "int8_states"],
+    "q_galore": ["q_galore(rank=4, every=2)"],
+    "apollo": ["apollo(rank=4, every=2)"],
+    "apollo_mini": ["apollo_mini(every=2)", "lisa(layers=1, every=2)"],
+    "fira": ["fira(rank=4, every=2)"],
+    "lomo": ["lomo(clip='two_pass')"],
+    "adalomo": ["adalomo(clip='two_pass')"],
+    "badam": ["badam(every=2, parked='disk')"],
+    "int8": ["int8_states"],
+    "fp8": ["fp8_states"],
+    "int4": ["int4_states"],
+    "adapters": ["nf4", "peft(rank=4)", "int8_states"],
+    "side network": ["ladder(reduction=4)"],
+}
+"""Every kind of state that a checkpoint holds; step 1 of 3 lies in the middle of an interval."""
+
+ALONE = {
+    "adapters": {"adapter_model.safetensors", "adapter_config.json", "memrt_base.json"},
+    "side network": {"ladder.safetensors", "ladder.json"},
+}
+"""Files in place of the model's."""
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_at_any_moment_of_a_save_a_run_goes_on_as_if_never_stopped(
+    method: str, tmp_path: Path
+) -> None:
+    """All moments of three saves leave whole checkpoints; three moments of the second resume."""
+
+    def model() -> nn.Module:
+        return model_of("llama", hidden=64, layers=2)
+
+    options: dict[str, Any] = {
+        "options": {"strategies": METHODS[method]},
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        **SAVING,
+    }
+    trainer = trainer_of(tmp_path / "run", model=model(), save_total_limit=1, **options)
+    with photographed(tmp_path / "run", tmp_path / "album"):
+        trainer.train()
+    complete = names_in(tmp_path / "run/checkpoint-3")
+    assert complete >= ALONE.get(method, {"model.safetensors"})
+    album = sorted((tmp_path / "album").iterdir())
+    assert len(album) > 3 * len(complete)
+    for photo in album:
+        last = get_last_checkpoint(photo)  # older ones may be half deleted
+        assert last is None or names_in(Path(last)) == complete, photo
+    moments = [each for each in album if list(each.glob("_memrt-tmp-checkpoint-2/checkpoint-2/*"))]
+    for photo in (moments[0], moments[len(moments) // 2], moments[-1]):
+        assert get_last_checkpoint(photo) == str(photo / "checkpoint-1")
+        again = run(photo, model=model(), resume=True, **options)
+        assert_equal(weights(again), weights(trainer))
+        assert_same(saved_state(again), saved_state(trainer))
+        assert names_in(photo) == {f"checkpoint-{step}" for step in (1, 2, 3)}
 
 
 def test_what_a_killed_save_left_can_be_resumed_from_and_is_cleared(tmp_path: Path) -> None:
