@@ -71,6 +71,14 @@ class Workload:
                 f"({LEDGER_STEPS} under the ledger, {WARM_UP_STEPS} to warm up, the rest timed)"
             )
 
+    def fresh_model(self, strategies: Sequence[Strategy]) -> nn.Module:
+        """What `build` returns, when the model and optimizer of a run before are gone.
+
+        Sessions and strategies refer to each other, which no reference count ends.
+        """
+        gc.collect()
+        return self.build(strategies)
+
 
 def measure(
     workload: Workload,
@@ -83,7 +91,7 @@ def measure(
     torch.manual_seed(workload.settings.seed)
     with _memory_errors(workload.device):
         with _phase(marks, "load"):
-            model = workload.build(strategies)
+            model = workload.fresh_model(strategies)
         num_parameters = sum(parameter.numel() for parameter in model.parameters())
         torch.manual_seed(workload.settings.seed)  # dropout: equal whatever the build has drawn
         with _phase(marks, "counted"):
@@ -121,7 +129,7 @@ def measured_peaks(workload: Workload, strategies: Sequence[Strategy]) -> dict[s
     """
     torch.manual_seed(workload.settings.seed)
     with _memory_errors(workload.device):
-        model = workload.build(strategies)
+        model = workload.fresh_model(strategies)
         torch.manual_seed(workload.settings.seed)
         run, timeline = _counted_steps(workload, model, strategies, lambda: None)
         allocated = None

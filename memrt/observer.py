@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
     from memrt.profiling.accounts import Account, Place
     from memrt.profiling.ledger import Ledger
@@ -23,10 +24,16 @@ class Observer:
 
     def __init__(self, ledger: Ledger | None) -> None:
         self.ledger = ledger
+        self._update = ExitStack()
+        self._hooks: list[RemovableHandle] = []
 
     def drop(self) -> None:
         """Count no further. The ledger's log stays readable."""
         if self.ledger is not None:
+            self._update.close()
+            for hook in self._hooks:  # they hold the model
+                hook.remove()
+            self._hooks.clear()
             self.ledger.close()
             self.ledger = None
 
@@ -101,16 +108,18 @@ class Observer:
         """Call the optimizer's step by its name, and book what it made."""
         if self.ledger is None:
             return
-        stack = ExitStack()
 
         def before(*_: Any) -> None:
-            stack.close()
+            self._update.close()  # of a step that failed
             if self.ledger is not None:
-                stack.enter_context(self.ledger.phase("step"))
+                self._update.enter_context(self.ledger.phase("step"))
 
-        def after(*_: Any) -> None:
-            stack.close()
-            self.book(model, optimizer, attachments)
+        # told which optimizer it is: one that a hook of its own held would outlive its run
+        def after(stepped: torch.optim.Optimizer, *_: Any) -> None:
+            self._update.close()
+            self.book(model, stepped, attachments)
 
-        optimizer.register_step_pre_hook(before)
-        optimizer.register_step_post_hook(after)
+        self._hooks += [
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
+        ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -697,6 +699,22 @@ def test_a_run_goes_on_without_its_ledger() -> None:
     assert run.step_index == 2
     assert max(steps) == 0
     assert ledger.timeline.peak().peak_bytes > 0
+
+
+def test_a_ledger_that_is_dropped_leaves_nothing_that_keeps_the_run() -> None:
+    gc.collect()
+    gc.disable()  # a cycle stays until somebody looks for it
+    try:
+        with Ledger() as ledger:
+            run = memrt.prepare(PlainModel(), [], ledger=ledger)
+            micro_batch(run)
+            run.step()
+            run.drop_ledger()
+        kept = [weakref.ref(run.model), weakref.ref(run.optimizer)]
+        del run
+        assert [each() for each in kept] == [None, None]
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------- state

@@ -180,7 +180,7 @@ def _kernel_scratch(workload: Workload, strategies: Any) -> dict[str, Any]:
     from memrt.runner import copied, start, train_step
 
     torch.manual_seed(workload.settings.seed)
-    model = workload.build(strategies)
+    model = workload.fresh_model(strategies)
     (probe,) = copied(workload.windows[0][:1], workload.device)
     run = start(model, strategies, settings=workload.settings, probe=probe)
     train_step(run, workload.windows[0])  # the optimizer's state is there from now on
