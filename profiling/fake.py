@@ -32,6 +32,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
     "IntegersForReal",
+    "NotPlannableError",
     "Routing",
     "fake_floats",
     "fake_initialisers",
@@ -57,6 +58,10 @@ _INTEGER_FACTORIES = frozenset({"aten::arange", "aten::randint"})
 _CONSTANTS = {"aten::ones": 1, "aten::ones_like": 1, "aten::new_ones": 1, "aten::zeros": 0}
 
 _DRAWS = frozenset({"aten::rand", "aten::rand_like"})  # from 0 to below 1
+
+
+class NotPlannableError(ValueError):
+    """What a model runs depends on values, which fake tensors do not have. It may train as well."""
 
 
 class _Constant(NamedTuple):
@@ -218,13 +223,13 @@ def fake_initialisers() -> Iterator[None]:
 def fake_tensors() -> Iterator[FakeTensorMode]:
     """Inside, models and optimizers are built and run on fake CPU tensors.
 
-    `ValueError` where what runs depends on values, which they do not have.
+    `NotPlannableError` where what runs depends on values, which they do not have.
     """
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             yield mode
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ValueError(
+        raise NotPlannableError(
             f"what this model runs depends on values of its tensors ({error.func}), which a plan "
             "does not have; train it without a plan, or count a few real steps with memrt profile"
         ) from error

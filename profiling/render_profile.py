@@ -83,17 +83,17 @@ def _watched_peak(monitor: Report, column: str) -> int | None:
 
 def _accounts(report: Report) -> Section:
     predicted, monitor = report["predicted"], report["monitor"]
-    rows: list[list[Any]] = [
-        [account_title(a.value), predicted["accounts"][a.value], report["accounts"][a.value]]
-        for a in Account
-    ]
-    rows.append(["peak", predicted["peak_bytes"], report["peak_bytes"]])
-    columns = [
-        Column(title="at the peak"),
-        Column(title="predicted", kind="bytes"),
-        Column(title="counted", kind="bytes"),
-    ]
-    notes = []
+    columns = [Column(title="at the peak")]
+    notes: list[str] = []
+    rows: list[list[Any]] = [[account_title(account.value)] for account in Account] + [["peak"]]
+    for title, source in (("predicted", predicted), ("counted", report)):
+        if source is None:
+            notes.append(f"predicted: not available: {report['not_predicted']}.")
+            continue
+        columns.append(Column(title=title, kind="bytes"))
+        values = [*(source["accounts"][account.value] for account in Account), source["peak_bytes"]]
+        for row, value in zip(rows, values, strict=True):
+            row.append(value)
     for title, value, reason in (
         ("allocator", _watched_peak(monitor, "allocated_peak_bytes"), "allocator"),
         ("NVML", monitor["process_peak_bytes"], "nvml"),
@@ -109,12 +109,13 @@ def _accounts(report: Report) -> Section:
     table = bytes_table(columns, rows)
     region = report["region"]
     where = f" in {region['module']}" if region["module"] else ""
+    planned = "" if predicted is None else "Predicted: memrt plan at the same shapes. "
     return Section(
         title=f"memrt profile: {report['conditions']['model']}, {report['stack']}",
         before=[
             f"Bytes in {table.unit}. The peak, {format_bytes(report['peak_bytes'])}, comes in "
-            f"{region['phase']}{where}. Predicted: memrt plan at the same shapes. Counted: the "
-            "ledger over the first 2 steps. The others saw the steps after them."
+            f"{region['phase']}{where}. {planned}Counted: the ledger over the first 2 steps. The "
+            "others saw the steps after them."
         ],
         table=table,
         after=["\n".join(notes)] if notes else [],
@@ -123,31 +124,27 @@ def _accounts(report: Report) -> Section:
 
 def _phases(report: Report) -> Section:
     monitored = report["monitor"]["phases"]
-    extra = [
-        Column(title="allocator", kind="bytes"),
-        Column(title="NVML device", kind="bytes"),
-        Column(title="RSS", kind="bytes"),
+    seen = {
+        "allocator": "allocated_peak_bytes",
+        "NVML device": "device_used_peak_bytes",
+        "RSS": "rss_peak_bytes",
+    }
+    sources = {
+        "predicted": (report["predicted"] or {}).get("phases", {}),
+        "counted": report["phases"],
+        **{
+            title: {name: phase[key] for name, phase in monitored.items()}
+            for title, key in seen.items()
+        },
+    }
+    shown = [
+        title
+        for title, phases in sources.items()
+        if any(each is not None for each in phases.values())
     ]
-    keys = ["allocated_peak_bytes", "device_used_peak_bytes", "rss_peak_bytes"]
-    shown = [i for i, key in enumerate(keys) if any(p[key] is not None for p in monitored.values())]
     names = [*report["phases"], *(name for name in _MONITORED if name not in report["phases"])]
-    rows = []
-    for name in names:
-        seen = monitored.get(name, {})
-        rows.append(
-            [
-                name,
-                report["predicted"]["phases"].get(name),
-                report["phases"].get(name),
-                *(seen.get(keys[i]) for i in shown),
-            ]
-        )
-    columns = [
-        Column(title="phase"),
-        Column(title="predicted", kind="bytes"),
-        Column(title="counted", kind="bytes"),
-        *(extra[i] for i in shown),
-    ]
+    rows = [[name, *(sources[title].get(name) for title in shown)] for name in names]
+    columns = [Column(title="phase"), *(Column(title=title, kind="bytes") for title in shown)]
     table = bytes_table(columns, rows)
     return Section(title=f"Peak of every phase ({table.unit})", table=table)
 

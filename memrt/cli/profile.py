@@ -92,12 +92,14 @@ def run(arguments: argparse.Namespace) -> int:
             "it out"
         )
     progress.say("planning the same run on fake tensors")
-    predicted = _predicted(arguments, model, stack.strategies, workload)
+    prediction = _prediction(arguments, model, stack.strategies, workload)
+    if prediction["not_predicted"] is not None:
+        progress.say(f"no prediction: {prediction['not_predicted']}")
     history = AllocatorHistory(
         workload.device, unavailable=None if folder else "no folder was named with --output"
     )
     report = _profiled(workload, stack, progress, history)
-    report["predicted"] = predicted
+    report |= prediction
     report["kernel_scratch"] = None
     if arguments.kernel_scratch:
         report["kernel_scratch"] = _kernel_scratch(workload, stack.strategies)
@@ -109,6 +111,19 @@ def run(arguments: argparse.Namespace) -> int:
     if folder is not None:
         history.write(folder.path)
     return 0
+
+
+def _prediction(
+    arguments: argparse.Namespace, model: Model, strategies: Any, workload: Workload
+) -> dict[str, Any]:
+    """`predicted`, or None and the reason in `not_predicted`: such a model runs all the same."""
+    from memrt.profiling.fake import NotPlannableError
+
+    try:
+        predicted = _predicted(arguments, model, strategies, workload)
+    except NotPlannableError as error:
+        return {"predicted": None, "not_predicted": str(error)}
+    return {"predicted": predicted, "not_predicted": None}
 
 
 def _predicted(

@@ -24,6 +24,7 @@ from memrt.cli.train_classes import (
     require_metric,
     without_unused_types,
 )
+from memrt.cli.train_config import folder_of
 from memrt.cli.train_console import ConsoleCallback, Intervals, Speed
 from memrt.cli.train_elsewhere import hub_errors, require_callbacks, require_hub
 from memrt.cli.train_folder import RunFolder
@@ -37,6 +38,7 @@ from memrt.data import Collator, load_examples
 from memrt.data_files import require_file
 from memrt.memory_report import NUM_STEPS, losses_of
 from memrt.model_source import CLASSIFICATION
+from memrt.profiling.fake import NotPlannableError
 from memrt.profiling.monitor import Monitor
 from memrt.profiling.render_train import peak_line
 from memrt.profiling.report import SCHEMA
@@ -96,7 +98,7 @@ class TrainRun:
     def _claim(self) -> RunFolder:
         if self._words.resume:
             named = self._words.resume_from
-            start = None if named is None else Path(named)
+            start = None if named is None else folder_of(named)
             saved = RunFolder.settings_of(start or self.settings.output)
             chosen = None if saved is None else with_saved_choice(self.settings, saved)
             if chosen is not None:
@@ -121,7 +123,7 @@ class TrainRun:
         self.settings = settings
         try:
             self._predicted = predict(settings, self._model, train, self._collator)
-        except (RuntimeError, NotImplementedError) as error:
+        except (RuntimeError, NotImplementedError, NotPlannableError) as error:
             # a model that fake tensors cannot run can still be trained
             _say(f"no prediction: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         else:

@@ -128,6 +128,32 @@ def test_scratch_of_a_trace() -> None:
     assert scratch_of(events, operators) == {"aten::sort": 40, "aten::relu_": 16}
 
 
+def test_a_model_that_no_plan_can_run_is_counted(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    # how many tokens an expert gets is read from a tensor
+    folder = model_folder(
+        model_type="jetmoe",
+        architectures=["JetMoeForCausalLM"],
+        num_hidden_layers=1,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        kv_channels=16,
+    )
+    words = ["--model", folder, "--batch", 2, "--seq", 32, "--steps", 4]
+    stack = ["--strategies", "activation_checkpoint", "--ablate"]
+    result = memrt("profile", *words, *stack, "--output", "report")
+    assert result.code == 0, result.err
+    assert "no prediction: what this model runs depends on values" in result.err
+    assert "predicted: not available: what this model runs depends on values" in result.out
+    report = json.loads(Path("report/report.json").read_text())
+    assert report["predicted"] is None
+    assert "depends on values" in report["not_predicted"]
+    assert report["peak_bytes"] == report["ablation"][-1]["counted"]["peak_bytes"] > 0
+    assert "not available" in Path("report/report.html").read_text()
+    assert "predicted peak" not in Path("report/report.html").read_text()
+
+
 def test_ablation_measures_what_the_waterfall_predicts(
     memrt: Command, model_folder: Callable[..., Path]
 ) -> None:

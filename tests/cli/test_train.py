@@ -65,6 +65,23 @@ def test_a_run_leaves_a_plain_folder_whose_loss_is_the_reported_one(memrt: Comma
     assert report["evaluation_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_model_that_no_plan_can_run_is_trained(memrt: Command) -> None:
+    # how many tokens an expert gets is read from a tensor
+    write_model(
+        Path("model"),
+        model_type="jetmoe",
+        num_hidden_layers=1,
+        num_local_experts=4,
+        kv_channels=16,
+    )
+    result = memrt("train", *TEXT, *SHORT, "--steps", 2)
+    assert result.code == 0, result.err
+    assert "no prediction: NotPlannableError: what this model runs depends on" in result.err
+    report = json.loads(Path("memrt-run/memrt/report.json").read_text())
+    assert report["predicted"] is None
+    assert len(report["losses"]) == 2
+
+
 def test_the_report_tells_what_was_predicted_and_counted(memrt: Command) -> None:
     report = _run(memrt, *TEXT, *SHORT, "--steps", 5, "--strategies", "int8_states", "fused_loss")
     assert report["schema"].startswith("memrt.report/")
