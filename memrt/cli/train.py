@@ -54,16 +54,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _settings(words: Words) -> TrainConfig:
     """Of the file and the words; of the run that is resumed where no file is named."""
-    from pathlib import Path
-
-    from memrt.cli.train_config import TrainConfig, resolve
+    from memrt.cli.train_config import TrainConfig, folder_of, resolve
     from memrt.cli.train_folder import RunFolder, run_of
     from memrt.cli.train_keys import find_key, keys
 
     base = None
     if words.resume and words.config is None:
         named = [texts[0] for name, texts in words.settings if find_key(name) == "output"]
-        start = Path(words.resume_from or (named or [keys()["output"].default])[-1])
+        start = folder_of(words.resume_from or (named or [keys()["output"].default])[-1])
         base = RunFolder.settings_of(start)
         if base is not None:
             base = TrainConfig({**base.values, "output": str(run_of(start))})

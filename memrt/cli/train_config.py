@@ -6,6 +6,7 @@ Later words win over earlier ones, words over the file, and both over defaults. 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
@@ -32,7 +33,7 @@ from memrt.translation import translated
 if TYPE_CHECKING:
     from memrt.strategy import Strategy
 
-__all__ = ["EMBEDDED", "TrainConfig", "resolve"]
+__all__ = ["EMBEDDED", "TrainConfig", "folder_of", "resolve"]
 
 EMBEDDED = "embedded"
 """The model and the text that come with Python and memrt."""
@@ -62,7 +63,7 @@ class TrainConfig:
 
     @property
     def output(self) -> Path:
-        return Path(self.values["output"])
+        return folder_of(self.values["output"])
 
     @property
     def seed(self) -> int:
@@ -136,6 +137,11 @@ class TrainConfig:
         if lacking:
             raise ValueError(f"{path} is damaged (it lacks {', '.join(lacking)})")
         return cls(values)
+
+
+def folder_of(named: str) -> Path:
+    """A run's folder as transformers reads its name, which may begin with `~`."""
+    return Path(os.path.expanduser(named))
 
 
 def resolve(

@@ -84,6 +84,22 @@ def test_a_finished_run_is_resumed_without_a_step_and_for_more(memrt: Command) -
     assert Path("memrt-run/model.safetensors").read_bytes() != before
 
 
+def test_a_run_whose_folder_is_named_from_home_is_one_folder(
+    memrt: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Path("home").absolute()
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    Path("run.yaml").write_text("output: ~/run\nmodel: model\ndata: sums.txt\n")
+    _train(memrt, "run.yaml", *SHORT, "--steps", 2)
+    assert (home / "run/checkpoint-2").is_dir()
+    assert (home / "run/config.json").is_file()
+    assert not Path("~").exists()
+    _train(memrt, "run.yaml", *SHORT, "--steps", 4, "--resume")
+    _train(memrt, "--resume=~/run/checkpoint-2", "--output=~/branch")
+    assert_equal_weights(home / "branch", home / "run")
+
+
 DIFFERENT = [
     (["--lr", "1"], "training.learning_rate was 0.005 and is 1"),
     (["--seed", "7"], "seed was 42 and is 7"),
