@@ -119,23 +119,34 @@ class Gpu:
         return cls(text=text, total_bytes=found)
 
     @staticmethod
-    def overheads(rounded_peak_bytes: int, worst_peak_bytes: int | None = None) -> list[Overhead]:
-        """What a device holds beside an allocator's peak of `rounded_peak_bytes`.
+    def overheads(
+        rounded_peak_bytes: int,
+        worst_peak_bytes: int | None = None,
+        outside_peak_bytes: int = 0,
+    ) -> list[Overhead]:
+        """What a device holds beside an allocator's peak of `rounded_peak_bytes` in the steps.
 
         `worst_peak_bytes`: the peak when a router sends nearly all tokens to the same experts.
+        `outside_peak_bytes`: that of loading, evaluation and resuming.
         """
-        routing = []
+        highest = max(rounded_peak_bytes, outside_peak_bytes)
+        found = []
+        if highest > rounded_peak_bytes:
+            more = highest - rounded_peak_bytes
+            source = "loading, evaluation or resuming, where it goes higher than the steps do"
+            name = "outside the steps"
+            found.append(Overhead(name=name, low=more, expected=more, high=more, source=source))
         if worst_peak_bytes is not None:
-            more = max(worst_peak_bytes - rounded_peak_bytes, 0)
+            more = max(worst_peak_bytes - highest, 0)
             source = "expected: all experts equally often; high: nearly all tokens to the same few"
-            routing.append(Overhead(name="routing", low=0, expected=0, high=more, source=source))
+            found.append(Overhead(name="routing", low=0, expected=0, high=more, source=source))
         return [
-            *routing,
+            *found,
             Overhead(
                 name="fragmentation",
                 source="0, 2 and 5 % of the peak; no bound is known",
                 **{
-                    bound: int(rounded_peak_bytes * (1 + share)) - rounded_peak_bytes
+                    bound: int(highest * (1 + share)) - highest
                     for bound, share in _FRAGMENTATION.items()
                 },
             ),
@@ -153,10 +164,12 @@ class Gpu:
 
     @staticmethod
     def required_bytes(
-        rounded_peak_bytes: int, worst_peak_bytes: int | None = None
+        rounded_peak_bytes: int,
+        worst_peak_bytes: int | None = None,
+        outside_peak_bytes: int = 0,
     ) -> dict[str, int]:
         """Low, expected and high device bytes around the allocator's predicted peak."""
-        overheads = Gpu.overheads(rounded_peak_bytes, worst_peak_bytes)
+        overheads = Gpu.overheads(rounded_peak_bytes, worst_peak_bytes, outside_peak_bytes)
         return {
             bound: rounded_peak_bytes + sum(getattr(each, bound) for each in overheads)
             for bound in ("low", "expected", "high")

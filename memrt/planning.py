@@ -83,7 +83,7 @@ class Plan:
         """
         highest = max((each["device"] for each in self.outside.values()), default=0)
         return Gpu.required_bytes(
-            max(self.simulation.rounded_peak_bytes, highest), self.worst_rounded_peak_bytes
+            self.simulation.rounded_peak_bytes, self.worst_rounded_peak_bytes, highest
         )
 
     @property

@@ -39,7 +39,8 @@ def add_gpu(report: dict[str, Any], gpu: Gpu | None) -> None:
     """Add what a device holds beside the tensors, and whether it fits the card."""
     from memrt.gpus import Gpu
 
-    peaks = report["rounded_peak_bytes"], report.get("worst_rounded_peak_bytes")
+    outside = max((each["device"] for each in report.get("outside", {}).values()), default=0)
+    peaks = report["rounded_peak_bytes"], report.get("worst_rounded_peak_bytes"), outside
     report["device_bytes"] = Gpu.required_bytes(*peaks)
     report["overheads"] = [asdict(each) for each in Gpu.overheads(*peaks)]
     report["gpu"] = None if gpu is None else gpu.to_json()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from memrt.planning import plan
 from tests.cli.conftest import SHAPES, Command
 
 STACKS = [
@@ -86,6 +87,25 @@ def test_the_device_bytes_are_the_sum_of_named_lines(
     for bound in ("low", "expected", "high"):
         lines = report["rounded_peak_bytes"] + sum(e[bound] for e in report["overheads"])
         assert lines == report["device_bytes"][bound]
+
+
+def test_loading_and_resuming_count_as_in_python(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    # steps of two tokens, and a resume that holds the embedding twice
+    folder = model_folder(vocab_size=65536, num_hidden_layers=1)
+    free = plan(str(folder), ["peft"], sequence_length=2)
+    resume = free.outside["resume"]["device"]
+    assert resume > free.simulation.rounded_peak_bytes
+    budget = str(free.device_bytes["high"] - 1)
+    words = ["plan", "--model", folder, "--batch", 1, "--seq", 2, "--strategies", "peft"]
+    report = memrt(*words, "--gpu", budget, "--no-advice", "--json").report
+    assert report["device_bytes"] == free.device_bytes
+    assert report["fits"] is False
+    lines = {each["name"]: each for each in report["overheads"]}
+    assert lines["outside the steps"]["low"] == resume - report["rounded_peak_bytes"]
+    total = report["rounded_peak_bytes"] + sum(each["high"] for each in lines.values())
+    assert total == report["device_bytes"]["high"]
 
 
 def test_the_text_names_accounts_phases_places_and_time(
