@@ -74,8 +74,12 @@ def _keys(report: Report) -> Iterator[tuple[str, str]]:
         yield "predicted peak", format_bytes(predicted["peak_bytes"])
     if report["kind"] == "plan":
         yield "on a GPU, at most", format_bytes(report["device_bytes"]["high"])
-    if report.get("fits") is not None:
-        yield f"fits {report['gpu']['text']}", "yes" if report["fits"] else "no"
+    gpu, host = report.get("gpu"), report.get("host")
+    if gpu is not None:
+        fits = report["device_bytes"]["high"] <= gpu["total_bytes"]
+        yield f"fits {gpu['text']}", "yes" if fits else "no"
+    if host is not None:
+        yield f"fits {host['text']} of host memory", "yes" if report["fits_host"] else "no"
     if report["tokens_per_second"] is not None:
         yield "tokens per second", f"{report['tokens_per_second']:,.0f}"
     if report["loss"] is not None:

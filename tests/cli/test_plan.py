@@ -230,6 +230,21 @@ def test_the_host_can_be_too_small(memrt: Command, model_folder: Callable[..., P
     assert report["transfers"]["device to host"] >= report["host_bytes"]["counted"]
 
 
+def test_the_page_tells_a_small_host_from_a_small_card(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    words = ["plan", "--model", model_folder(num_hidden_layers=1), *SHAPES, "--output", "report"]
+    pages = []
+    for more in (["--host", "1KiB"], ["--host", "1KiB", "--gpu", "h100", "--force"]):
+        found = memrt(*words, *more, "--strategies", "offload_activations", "--no-advice")
+        assert found.code == 2, found.err
+        pages.append(Path("report/report.html").read_text())
+    for page in pages:
+        assert "<dt>fits 1KiB of host memory</dt><dd>no</dd>" in page
+    assert "fits h100" not in pages[0]
+    assert "<dt>fits h100</dt><dd>yes</dd>" in pages[1]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
