@@ -32,7 +32,7 @@ from memrt.cli.train_length import checkpoints_in, require_longer
 from memrt.data_arrow import HubTable
 from memrt.data_files import is_hub_dataset
 
-__all__ = ["RunFolder", "run_of"]
+__all__ = ["RunFolder", "best_beside", "run_of"]
 
 _CONFIG = Path("memrt") / "config.yaml"
 _DATA = Path("memrt") / "data.json"
@@ -82,6 +82,20 @@ _FREE = (
 def run_of(path: Path) -> Path:
     """The run's folder of a run or of one of its checkpoints."""
     return path.parent if path.name.startswith("checkpoint-") else path
+
+
+def best_beside(checkpoint: Path, recorded: Path) -> Path:
+    """The best checkpoint of a run: beside its last, for runs are renamed, or as it was recorded.
+
+    A run that branched off may have its best before the branch, in the other folder.
+    """
+    for found in (checkpoint.parent / recorded.name, recorded):
+        if found.is_dir():
+            return found
+    raise ValueError(
+        f"--resume: the run's best model, {str(recorded)!r}, is gone; to take the last step's in "
+        "its place set training.load_best_model_at_end=false"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,7 @@ from memrt.cli.train_classes import (
 from memrt.cli.train_config import folder_of
 from memrt.cli.train_console import ConsoleCallback, Intervals, Speed
 from memrt.cli.train_elsewhere import hub_errors, require_callbacks, require_hub
-from memrt.cli.train_folder import RunFolder
+from memrt.cli.train_folder import RunFolder, best_beside
 from memrt.cli.train_length import require_longer
 from memrt.cli.train_model import TrainedModel, tokenizer_for
 from memrt.cli.train_optimizer import require_optimizer
@@ -228,13 +228,17 @@ class TrainRun:
         _say(f"{made}: {folder.path}, report: {folder.path / 'memrt' / 'report.md'}")
 
     def _load_finished(self, trainer: Trainer, checkpoint: Path) -> None:
-        """The model as its last step left it: transformers' `train` would take one more."""
+        """The model as the run left it: transformers' `train` would take one more step."""
         trainer._load_from_checkpoint(str(checkpoint))
         if self.settings.strategies:
             assert trainer.session is not None
             state = load_state(checkpoint, self.settings.strategies)
             trainer.session.load_strategy_state(state)
         trainer.state = read_trainer_state(checkpoint)
+        best = trainer.state.best_model_checkpoint
+        if self.settings.arguments.load_best_model_at_end and best is not None:
+            trainer.state.best_model_checkpoint = str(best_beside(checkpoint, Path(best)))
+            trainer._load_best_model()
 
     def _evaluate(self, trainer: Trainer) -> None:
         """At the end, unless the last step was evaluated and is what is kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,25 @@ def test_a_run_whose_folder_is_named_from_home_is_one_folder(
     _train(memrt, "run.yaml", *SHORT, "--steps", 4, "--resume")
     _train(memrt, "--resume=~/run/checkpoint-2", "--output=~/branch")
     assert_equal_weights(home / "branch", home / "run")
+
+
+def test_a_finished_run_keeps_its_best_model(memrt: Command) -> None:
+    best = ["training.load_best_model_at_end=true", "training.metric_for_best_model=loss"]
+    # the highest loss is the best: that of the first evaluation
+    best += ["training.greater_is_better=true", "data.evaluation_fraction=0.2"]
+    words = [*best, "--eval-strategy", "steps", "--eval-steps", 2, "--steps", 4]
+    _train(memrt, *RUN, *words)
+    assert_equal_weights(Path("memrt-run"), Path("memrt-run/checkpoint-2"))
+    Path("memrt-run").rename("moved")  # its checkpoints know it by its old name
+    Path("moved/model.safetensors").unlink()
+    _train(memrt, "--resume", "moved")
+    assert_equal_weights(Path("moved"), Path("moved/checkpoint-2"))
+    shutil.rmtree("moved/checkpoint-2")
+    result = memrt("train", "--resume", "moved")
+    assert result.code == 1
+    assert "best model, 'memrt-run/checkpoint-2', is gone; to take the last" in result.error
+    _train(memrt, "--resume", "moved", "training.load_best_model_at_end=false")
+    assert_equal_weights(Path("moved"), Path("moved/checkpoint-4"))
 
 
 DIFFERENT = [
