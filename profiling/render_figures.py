@@ -122,7 +122,7 @@ def figures(report: Report) -> list[Figure]:
         "compare": (_stacks, _speeds, _stack_losses),
         "plan": (_plan, _waterfall, _device_range, _owners),
         "profile": (_sources, _waterfall, _over_time, _owners, _losses, _step_times),
-        "train": (_sources, _over_time, _owners, _losses),
+        "train": (_sources, _waterfall, _over_time, _owners, _losses),
     }
     made = (make(report) for make in makers[report["kind"]])
     return [figure for figure in made if figure is not None]
@@ -170,7 +170,8 @@ def _grown(monitor: Report) -> int | None:
     """Of a CPU run; on a GPU the host holds other things than the device."""
     before: int | None = (monitor.get("baseline") or {}).get("rss_bytes")
     peak: int | None = monitor.get("rss_peak_bytes")
-    if before is None or peak is None or monitor.get("process_peak_bytes") is not None:
+    on_gpu = monitor.get("allocator") is not None or monitor.get("process_peak_bytes") is not None
+    if before is None or peak is None or on_gpu:
         return None
     return max(0, peak - before)
 
@@ -192,7 +193,8 @@ def _plan(report: Report) -> Bars:
 
 def _waterfall(report: Report) -> Bars | None:
     """The peak with one strategy after the other; what each took away is drawn to its right."""
-    rows = report.get("waterfall") or _of_ablation(report.get("ablation") or [])
+    rows = report.get("waterfall") or (report.get("predicted") or {}).get("waterfall")
+    rows = rows or _of_ablation(report.get("ablation") or [])
     if not any(row["peak_bytes"] is not None for row in rows):
         return None
     measured = any(row.get("measured_peak_bytes") is not None for row in rows)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from memrt.profiling.accounts import Account
 from memrt.profiling.render import Column, Section
 from memrt.profiling.render_outside import watched_sections
+from memrt.profiling.render_plan import waterfall_sections
 from memrt.profiling.render_profile import driver_section
 from memrt.profiling.render_sections import (
     account_title,
@@ -29,6 +31,7 @@ def train_sections(report: Report) -> list[Section]:
     found = [_result(report)]
     if report["predicted"] is not None or report["peak_bytes"] is not None:
         found.append(_memory(report))
+    found.extend(_waterfall(report["predicted"] or {}))
     monitor = report["monitor"]
     if monitor is not None and monitor["at_peak"] and report["peak_bytes"] is not None:
         found.append(driver_section(report))
@@ -110,6 +113,15 @@ def _memory(report: Report) -> Section:
         table=table,
         after=[*missing, *_gaps(report)],
     )
+
+
+def _waterfall(predicted: Report) -> list[Section]:
+    """What every strategy saves, or why that was not planned; of earlier versions neither."""
+    left_out = predicted.get("waterfall_left_out")
+    if left_out:
+        return [Section(title="What every strategy saves", before=[f"Not planned: {left_out}."])]
+    told = "Predicted: memrt plan of every stack before the run, at its largest batch."
+    return [replace(section, before=[told]) for section in waterfall_sections(predicted)]
 
 
 def _append(rows: list[list[Any]], accounts: list[Any], peak: Any) -> None:

@@ -47,7 +47,13 @@ PICTURED = {
     **KINDS,
     "plan with a waterfall": lambda: {**plan(), "waterfall": WATERFALL},
     "profile with a waterfall": lambda: profile(waterfall=WATERFALL),
+    "train with a waterfall": lambda: _trained(waterfall=WATERFALL),
 }
+
+
+def _trained(**predicted: Any) -> dict[str, Any]:
+    report = KINDS["train"]()
+    return {**report, "predicted": {**report["predicted"], **predicted}}
 
 
 class Page(HTMLParser):
@@ -157,6 +163,17 @@ def test_what_the_driver_saw_stands_beside_it() -> None:
     }
 
 
+def test_the_growth_of_the_host_stands_beside_a_cpu_run_alone() -> None:
+    def labels(**seen: Any) -> list[str]:
+        (bars,) = [f for f in figures(profile(monitor=monitor(**seen))) if "everyone" in f.title]
+        assert isinstance(bars, Bars)
+        return [bar.label for bar in bars.bars]
+
+    assert "RSS, by how much it grew" in labels()
+    on_a_gpu = labels(allocator={"peak_allocated_bytes": 20 * MIB})  # and NVML was not there
+    assert on_a_gpu == ["predicted", "counted", "allocator"]
+
+
 def test_the_waterfall_shows_what_every_strategy_takes_away() -> None:
     (figure,) = [f for f in figures(profile(waterfall=WATERFALL)) if "strategy saves" in f.title]
     assert isinstance(figure, Bars)
@@ -181,6 +198,22 @@ def test_the_waterfall_shows_what_every_strategy_takes_away() -> None:
     plain = to_html({**plan(), "waterfall": unmeasured})
     assert "measured</th>" not in plain
     assert "dashed line" not in plain
+
+
+def test_a_training_run_shows_what_every_strategy_was_planned_to_save() -> None:
+    drawn, expected = (
+        next(f for f in figures(report) if "strategy saves" in f.title)
+        for report in (_trained(waterfall=WATERFALL), profile(waterfall=WATERFALL))
+    )
+    assert drawn == expected
+    text = to_html(_trained(waterfall=WATERFALL))
+    assert "memrt plan of every stack before the run" in text
+    for part in ("What every strategy saves (MiB)", "Largest at the peak", "Conditions"):
+        assert f"{part}" in text.split("In numbers</h2>")[1], part
+    assert "<dt>tokens per second</dt>" in text
+    late = _trained(waterfall=None, waterfall_left_out="7 more plans would keep it waiting")
+    assert "Not planned: 7 more plans would keep it waiting." in to_html(late)
+    assert not [figure for figure in figures(late) if "strategy saves" in figure.title]
 
 
 def test_an_ablation_is_a_waterfall_with_measured_peaks() -> None:
