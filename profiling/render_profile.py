@@ -30,7 +30,7 @@ def profile_sections(report: Report) -> list[Section]:
         _accounts(report),
         *_ablation_sections(report),
         _phases(report),
-        driver_section(report) if report["monitor"]["at_peak"] else _host(report),
+        _outside_section(report),
         _speed(report),
         places_section(report),
         device_section(report),
@@ -149,6 +149,14 @@ def _phases(report: Report) -> Section:
     return Section(title=f"Peak of every phase ({table.unit})", table=table)
 
 
+def _outside_section(report: Report) -> Section:
+    """The lines that sum to what was seen from outside: of the driver, the allocator, or RSS."""
+    if report["monitor"]["at_peak"]:
+        return driver_section(report)
+    on_gpu = report["monitor"].get("allocator") is not None
+    return _reserved(report) if on_gpu else _host(report)
+
+
 def driver_section(report: Report) -> Section:
     """Lines that sum to what nvidia-smi shows."""
     split = report["monitor"]["at_peak"]
@@ -175,8 +183,29 @@ def driver_section(report: Report) -> Section:
     )
 
 
+def _reserved(report: Report) -> Section:
+    """Lines that sum to what torch reserves on a GPU whose driver told nothing."""
+    monitor, counted = report["monitor"], report["peak_bytes"]
+    allocated = monitor["allocator"]["peak_allocated_bytes"]
+    reserved = monitor["allocator"]["peak_reserved_bytes"]
+    rows = [[account_title(a.value), report["accounts"][a.value]] for a in Account]
+    rows.append(["rounding, kernel scratch", allocated - counted])
+    rows.append(["cached and fragmented", reserved - allocated])
+    rows.append(["reserved by torch's allocator", reserved])
+    table = bytes_table([Column(title="line"), Column(title="bytes", kind="bytes")], rows)
+    reason = monitor["unavailable"].get("nvml", "no reading fell into the run")
+    return Section(
+        title=f"Lines that sum to what torch reserves ({table.unit})",
+        before=[
+            f"What nvidia-smi shows is not available: {reason}. It is more, by the CUDA context, "
+            "libraries and other processes."
+        ],
+        table=table,
+    )
+
+
 def _host(report: Report) -> Section:
-    """Lines that sum to the resident set size, where there is no driver to ask."""
+    """Lines that sum to the resident set size, of a run on the CPU."""
     monitor = report["monitor"]
     before = monitor["baseline"]["rss_bytes"]
     peak = _watched_peak(monitor, "rss_peak_bytes") or monitor["rss_peak_bytes"]

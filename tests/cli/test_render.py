@@ -226,6 +226,18 @@ def test_contradicting_readings_still_sum() -> None:
     assert sum(lines.values()) == shown == 60 * MIB
 
 
+def test_without_the_driver_the_lines_of_a_gpu_profile_sum_to_what_torch_reserves() -> None:
+    allocator = {"peak_allocated_bytes": 20 * MIB, "peak_reserved_bytes": 32 * MIB}
+    report = profile(monitored(allocator=allocator))
+    lines = lines_of(report, "Lines that sum to what torch reserves")
+    shown = lines.pop("reserved by torch's allocator")
+    assert sum(lines.values()) == shown == 32 * MIB
+    assert lines["rounding, kernel scratch"] == 20 * MIB - report["peak_bytes"]
+    text = to_markdown(report)
+    assert "What nvidia-smi shows is not available: no driver." in text
+    assert "before the model was loaded" not in text  # which is on the host
+
+
 def test_the_lines_of_a_cpu_profile_sum_to_its_memory() -> None:
     lines = lines_of(profile(monitored()), "Lines that sum to this process")
     shown = lines.pop("largest resident set size (RSS)")
