@@ -9,6 +9,7 @@ a run is the mean over its last `LOSS_STEPS` optimizer steps, on the training ba
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -110,8 +111,7 @@ def measure(
         "step_seconds": seconds[WARM_UP_STEPS:],
         "loss": fmean(run.losses[-LOSS_STEPS:]),
         "losses": run.losses,
-        "gradient_norms": run.gradient_norms,
-        "evaluation_loss": evaluation_loss,
+        **_finite(gradient_norms=run.gradient_norms, evaluation_loss=evaluation_loss),
         "conditions": conditions(
             settings={**workload.description, "num_parameters": num_parameters},
             strategies=[str(strategy) for strategy in strategies],
@@ -196,6 +196,22 @@ def _evaluate(run: Run, batches: Sequence[Batch]) -> float | None:
         losses = [float(model_loss(model, batch)) for batch in copied(batches, run.session.device)]
     model.train()
     return fmean(losses)
+
+
+def _finite(*, gradient_norms: list[float], evaluation_loss: float | None) -> dict[str, Any]:
+    """What nothing stops from being NaN after the last step, as JSON takes it: None."""
+    norms = [norm if math.isfinite(norm) else None for norm in gradient_norms]
+    loss = evaluation_loss
+    if loss is not None and not math.isfinite(loss):
+        loss = None
+    return {
+        "gradient_norms": norms,
+        "evaluation_loss": loss,
+        "not_finite": [
+            *(["gradient_norms"] if None in norms else []),
+            *(["evaluation_loss"] if loss is not evaluation_loss else []),
+        ],
+    }
 
 
 def _memory(timeline: Timeline) -> dict[str, Any]:

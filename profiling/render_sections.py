@@ -93,6 +93,7 @@ def _comparison(report: Report, runs: Sequence[Report]) -> Section:
     rows = []
     for run in runs:
         change = f"{(run['peak_bytes'] / first - 1) * 100:+.0f} %" if run is not runs[0] else None
+        spoilt = "evaluation_loss" in run.get("not_finite", ())  # by the last update
         rows.append(
             [
                 run["stack"],
@@ -101,7 +102,7 @@ def _comparison(report: Report, runs: Sequence[Report]) -> Section:
                 change,
                 run["tokens_per_second"],
                 run["loss"],
-                run["evaluation_loss"],
+                "not finite" if spoilt else run["evaluation_loss"],
             ]
         )
     if gpu is not None:

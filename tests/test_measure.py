@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memrt import registry
 from memrt.cli.profile import _kernel_scratch
@@ -63,3 +64,29 @@ def test_no_run_is_measured_beside_the_model_of_another(monkeypatch: pytest.Monk
         with pytest.raises(MemoryError, match="20 GiB"):
             measure(workload, registry.parse_all(["activation_checkpoint"]))
     assert build.alive == [0] * 8
+
+
+def test_a_last_step_that_spoils_the_weights_is_told_in_numbers_that_json_takes() -> None:
+    num_backward = 0
+
+    def spoil(gradient: Tensor) -> Tensor:
+        nonlocal num_backward
+        num_backward += 1
+        return gradient * float("nan") if num_backward == MIN_STEPS else gradient
+
+    def build(strategies: Sequence[Strategy]) -> nn.Module:
+        model = tiny_model("llama", layers=1)
+        next(model.parameters()).register_hook(spoil)
+        return model
+
+    evaluation = tiny_batches("llama", count=1)
+    found = measure(_workload(build, evaluation=evaluation), [])
+    json.dumps(found, allow_nan=False)
+    assert found["not_finite"] == ["gradient_norms", "evaluation_loss"]
+    assert found["evaluation_loss"] is None
+    assert [norm is None for norm in found["gradient_norms"]] == [False] * (MIN_STEPS - 1) + [True]
+    assert len(found["losses"]) == MIN_STEPS
+    num_backward = MIN_STEPS
+    sound = measure(_workload(build, evaluation=evaluation), [])
+    assert sound["not_finite"] == []
+    assert sound["evaluation_loss"] > 0

@@ -159,6 +159,15 @@ def test_the_markdown_of_a_comparison_is_one_valid_table_a_section() -> None:
     assert "- bad: refused: it | cannot" in text
 
 
+def test_a_held_out_loss_that_is_not_finite_is_called_so() -> None:
+    report = comparison()
+    report["runs"][1]["not_finite"] = ["gradient_norms", "evaluation_loss"]
+    rows = [
+        line for line in to_markdown(report).splitlines() if line.startswith(("| none", "| act"))
+    ]
+    assert ["not finite" in row for row in rows[:2]] == [False, True]
+
+
 def test_a_pipe_gets_plain_text_without_the_sections_for_the_file() -> None:
     stream = io.StringIO()
     print_report(comparison(), stream)
