@@ -184,7 +184,8 @@ def _picks(shape: torch.Size, num_choices: int, routing: Routing) -> Tensor:
     with unset_fake_temporarily():
         picked = torch.arange(math.prod(shape)) % num_choices
         if routing == "worst":
-            picked[num_choices:] = torch.arange(picked.numel() - num_choices) % shape[-1]
+            again = picked[num_choices:]  # none where there are fewer picks than choices
+            again.copy_(torch.arange(again.numel()) % shape[-1])
         return picked.view(shape)
 
 

@@ -112,6 +112,13 @@ def test_a_model_without_a_router_has_no_such_line() -> None:
     assert found.device_bytes == Gpu.required_bytes(found.simulation.rounded_peak_bytes)
 
 
+@pytest.mark.parametrize("routing", ["balanced", "worst"])
+def test_fewer_picks_than_choices_are_all_different(routing: Routing) -> None:
+    with fake_tensors(), real_integers(routing):
+        _, picked = torch.empty(2, 9).topk(3)
+        assert picked.flatten().tolist() == list(range(6))
+
+
 @pytest.mark.parametrize(("routing", "expected"), [("balanced", [2, 2, 2]), ("worst", [3, 2, 1])])
 def test_what_a_router_picks(routing: Routing, expected: list[int]) -> None:
     with fake_tensors():
