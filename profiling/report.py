@@ -81,7 +81,7 @@ def conditions(
 
     cuda = device.startswith("cuda")
     return {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "machine": platform.machine(),
         "platform": platform.system(),
         "python": platform.python_version(),
