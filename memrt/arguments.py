@@ -18,14 +18,16 @@ import transformers
 from memrt import registry
 from memrt.gpus import check_budget
 from memrt.strategy import Phase
+from memrt.structure import RunSettings
 from memrt.translation import TORCH_ADAMW, from_optim, join, tell_optim
 from memrt.values import is_number
 
 if TYPE_CHECKING:
     from memrt.strategy import Strategy
 
-__all__ = ["RANGES", "TrainingArguments"]
+__all__ = ["RANGES", "TrainingArguments", "settings_of"]
 
+_TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 _AT_LEAST_1 = "must be at least 1"
 _SHARE = "must be a number from 0 and below 1"
 
@@ -145,3 +147,25 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         tell_optim(name, found)
         own.optim, own.optim_args, own.optim_target_modules = TORCH_ADAMW, None, None
         return joined
+
+
+def settings_of(arguments: Any) -> RunSettings:
+    """What arguments, transformers' own too, tell strategies of a run in one process."""
+    name = str(getattr(arguments.optim, "value", arguments.optim))
+    return RunSettings(
+        learning_rate=arguments.learning_rate,
+        betas=(arguments.adam_beta1, arguments.adam_beta2),
+        epsilon=arguments.adam_epsilon,
+        weight_decay=arguments.weight_decay,
+        max_grad_norm=arguments.max_grad_norm or 0.0,
+        accumulation_steps=arguments.gradient_accumulation_steps,
+        optimizer="adamw" if name in _TORCH_ADAMW else name,
+        fp16=arguments.fp16,
+        data_parallel=arguments.n_gpu > 1,
+        # the name changed within transformers 5
+        gradient_checkpointing=bool(getattr(arguments, "activation_checkpointing", False))
+        or bool(getattr(arguments, "gradient_checkpointing", False)),
+        label_smoothing=arguments.label_smoothing_factor,
+        seed=arguments.seed,
+        stochastic_rounding=getattr(arguments, "stochastic_rounding", True),
+    )

@@ -12,7 +12,7 @@ budget. What the user named stays, and only what goes together with it is added.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,12 +112,13 @@ def choose(
     loss_of: Callable[[nn.Module, Batch], Tensor] = model_loss,
     on_plan: Callable[[str], None] = lambda stack: None,
     task: str | None = None,
+    settings: RunSettings | None = None,
 ) -> Choice:
     """The stack that changes training least among those that fit `budget` (a card or a size).
 
     `strategies` stay in every candidate. `full_parameters`: all weights train with AdamW, or
     nothing fits. `model`, `task` and the shapes are those of `memrt.plan`; `on_plan` is told what
-    is about to be planned.
+    is about to be planned. `settings` are a Trainer's: no stack is chosen that they refuse.
     """
     card = Gpu.parse(budget, argument="budget")
     options: dict[str, Any] = {
@@ -137,17 +138,20 @@ def choose(
         on_plan("+".join(map(str, stack)) or "none")
         return plan(model, stack, **{**options, **shape, **changed})
 
-    settings = RunSettings(max_grad_norm=max_grad_norm, accumulation_steps=accumulation_steps)
+    num_batches = accumulation_steps if window is None else len(window)
+    told = replace(
+        settings or RunSettings(), max_grad_norm=max_grad_norm, accumulation_steps=num_batches
+    )
     search = Search(
         named=tuple(registry.parse_all(strategies)),
         plan_of=plan_of,
-        facts=facts_of(model, dtype=dtype, settings=settings, task=task),
+        facts=facts_of(model, dtype=dtype, settings=told, task=task),
         budget=card,
     )
     for rung in rungs(
         hidden_size=hidden_size_of(model),
         max_grad_norm=max_grad_norm,
-        accumulation_steps=accumulation_steps,
+        accumulation_steps=num_batches,
     ):
         if full_parameters and not rung.trains_all:
             search.leave_out(rung, FULL)

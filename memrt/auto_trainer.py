@@ -66,6 +66,7 @@ def choice_for_trainer(trainer: Any, named: Sequence[Strategy], budget: str) -> 
             loss_of=autocast_loss(mixed),
             task=_task_of(model),
             on_plan=_refusing(trainer),
+            settings=trainer._run_settings(),
             **width,
         )
     )

@@ -9,6 +9,7 @@ how a checkpoint comes to its name (`memrt.checkpoint`).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from memrt import registry
+from memrt.arguments import settings_of
 from memrt.auto_trainer import strategies_within
 from memrt.callback import MemoryProfilerCallback, two_counts
 from memrt.checkpoint import recover
@@ -43,7 +45,6 @@ _OWN_OPTIMIZER = (
     "leave it out of optimizers and give its class and settings as optimizer_cls_and_kwargs, from "
     "which the Trainer makes it over all that trains"
 )
-_TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 class _Steps(transformers.TrainerCallback):  # type: ignore[misc]
@@ -167,34 +168,25 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
         sharded = "fsdp" if args.fsdp else "deepspeed" if self.is_deepspeed_enabled else None
         if sharded is None and args.world_size > 1:
             sharded = "distributed data parallel"  # expects of gradients what the others do
+        found = settings_of(args)
         recomputes = any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
-        return RunSettings(
-            learning_rate=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            epsilon=args.adam_epsilon,
-            weight_decay=args.weight_decay,
-            max_grad_norm=args.max_grad_norm or 0.0,
-            accumulation_steps=args.gradient_accumulation_steps,
-            optimizer=self._optimizer_name(),
+        return replace(
+            found,
+            optimizer=self._own_optimizer() or found.optimizer,
             fp16=self.accelerator.mixed_precision == "fp16",
-            data_parallel=args.n_gpu > 1,
             sharded=sharded,
-            gradient_checkpointing=recomputes
-            or bool(getattr(args, "activation_checkpointing", False))
-            or bool(getattr(args, "gradient_checkpointing", False)),
-            label_smoothing=args.label_smoothing_factor,
+            gradient_checkpointing=recomputes or found.gradient_checkpointing,
             custom_loss=self.compute_loss_func is not None,
-            seed=args.seed,
-            stochastic_rounding=getattr(args, "stochastic_rounding", True),
+            liger_kernels=bool(args.use_liger_kernel),
         )
 
-    def _optimizer_name(self) -> str:
+    def _own_optimizer(self) -> str | None:
+        """The name of an optimizer that the user gave, or its class."""
         if self.optimizer is not None:
             return type(self.optimizer).__name__
         if self.optimizer_cls_and_kwargs is not None:
             return str(self.optimizer_cls_and_kwargs[0].__name__)
-        name = str(getattr(self.args.optim, "value", self.args.optim))
-        return "adamw" if name in _TORCH_ADAMW else name
+        return None
 
     def _probe_batches(self, count: int) -> list[Any]:
         """The first `count` batches of the probe set; no RNG and no loader is advanced."""

@@ -15,6 +15,7 @@ from memrt.auto_search import ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND
 from memrt.gpus import Gpu, Host, next_card
 from memrt.planning import Plan, plan
 from memrt.registry import parse_all
+from memrt.structure import RunSettings
 from memrt.testing import tiny_config
 
 OVERHEAD = Gpu.required_bytes(0)["high"]
@@ -204,3 +205,27 @@ def test_the_next_card_is_the_smallest_that_holds_it() -> None:
     assert next_card(20 * 2**30) == "a10"
     assert next_card(Gpu.parse("h200").total_bytes) == "h200"
     assert next_card(Gpu.parse("h200").total_bytes + 1) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "refused"),
+    [
+        (RunSettings(gradient_checkpointing=True), "activation_checkpoint"),
+        (RunSettings(label_smoothing=0.1), "fused_loss"),
+        (RunSettings(custom_loss=True), "fused_loss"),
+    ],
+)
+def test_what_a_trainer_s_settings_refuse_is_not_chosen(told: RunSettings, refused: str) -> None:
+    choice = _chosen(_high() - 1, settings=told)
+    assert choice.fits
+    assert refused not in choice.strategies
+    candidates = [each for each in choice.candidates if refused in each.stack.split("+")]
+    assert {each.verdict for each in candidates} == {"refused"}
+
+
+def test_several_micro_batches_of_a_window_count_as_accumulation() -> None:
+    """Updates in backward are no rung then: every gradient lives until the last of them."""
+    batch = {"input_ids": torch.ones(4, 64, dtype=torch.int64)}
+    batch["labels"] = batch["input_ids"]
+    choice = choose(_config(), budget="1KiB", window=[batch, batch], **SHAPE)
+    assert not any("in_backward" in each.stack for each in choice.candidates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,6 +103,25 @@ def test_nothing_is_chosen_that_the_trainer_itself_refuses(tmp_path: Path) -> No
     assert [str(each) for each in _stack_of("+".join(named))] == named
 
 
+def test_memrt_train_chooses_nothing_that_its_settings_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--model", write_model(Path("model"), vocab_size=4096)]
+    words += ["--data", write_text(Path("sums.txt")), *SHORT, "--batch", "8", "--steps", "1"]
+    assert main([*words, "--output", "free", "--json"]) == 0
+    needed = json.loads(capsys.readouterr().out)["predicted"]["device_bytes"]["high"]
+    budget = f"memory_budget={needed - 1}"
+    for setting, refused in (
+        (f"training.{CHECKPOINTING}=true", "activation_checkpoint"),
+        ("training.label_smoothing_factor=0.1", "fused_loss"),
+    ):
+        assert main([*words, budget, setting, "--output", refused]) == 0, capsys.readouterr().err
+        kept = yaml.safe_load((Path(refused) / "memrt/config.yaml").read_text())["strategies"]
+        assert kept
+        assert refused not in kept
+
+
 def test_a_model_that_its_config_does_not_describe_is_refused(tmp_path: Path) -> None:
     """What is frozen would be planned as trained, and adapters not at all."""
     frozen = model_of("llama")
@@ -129,7 +149,7 @@ def test_a_run_within_a_budget_is_resumed_with_its_own_command(
             model,
             ["lisa(layers=1)"],
             gpu=budget,
-            **{n: v for n, v in options.items() if n != "on_plan"},
+            **{n: v for n, v in options.items() if n not in ("on_plan", "settings")},
         )
         return Choice(
             strategies=("lisa(layers=1)",),

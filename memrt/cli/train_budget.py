@@ -44,6 +44,7 @@ def within_budget(
     budget = settings.values.get("memory_budget")  # runs of before it have none
     if budget is None:
         return settings
+    from memrt.arguments import settings_of
     from memrt.auto import choose
     from memrt.auto_trainer import autocast_loss, require_fitting
     from memrt.cli.train_plan import largest_batch
@@ -62,6 +63,7 @@ def within_budget(
             window=[batch] * arguments.gradient_accumulation_steps,
             loss_of=autocast_loss(torch.bfloat16 if arguments.bf16 else None),
             on_plan=lambda stack: say(f"planning {stack}"),
+            settings=settings_of(arguments),
         )
     )
     say(choice.explain())
