@@ -17,6 +17,7 @@ import transformers
 
 from memrt import registry
 from memrt.gpus import check_budget
+from memrt.spellings import require_served
 from memrt.strategy import Phase
 from memrt.structure import RunSettings
 from memrt.translation import TORCH_ADAMW, from_optim, join, tell_optim
@@ -134,6 +135,7 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
     def _with_optim(self, listed: list[Strategy]) -> list[Strategy]:
         """The strategies that `optim` names too, such as galore_adamw; it is torch's AdamW then."""
         own: Any = self  # mypy does not see the fields of transformers
+        require_served(own.optim)
         found = from_optim(
             own.optim,
             own.optim_args,
@@ -166,6 +168,7 @@ def settings_of(arguments: Any) -> RunSettings:
         gradient_checkpointing=bool(getattr(arguments, "activation_checkpointing", False))
         or bool(getattr(arguments, "gradient_checkpointing", False)),
         label_smoothing=arguments.label_smoothing_factor,
+        liger_kernels=arguments.use_liger_kernel,
         seed=arguments.seed,
         stochastic_rounding=getattr(arguments, "stochastic_rounding", True),
     )

@@ -160,6 +160,8 @@ class RunSettings:
     gradient_checkpointing: bool = False
     label_smoothing: float = 0.0
     custom_loss: bool = False
+    liger_kernels: bool = False
+    """Whether Liger's kernels serve the model, which write gradients over what they saved."""
     seed: int = 42
     stochastic_rounding: bool = True
     """Of bf16 weights, by the composed AdamW; torch's own rounds to the nearest."""

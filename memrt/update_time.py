@@ -10,7 +10,8 @@ Clipping by the global norm needs all gradients before the first update. `clip="
 backward twice over the same graph: the first pass takes norms and drops gradients, the second
 scales, updates and drops. It costs one more backward (and what recomputes in it), and activations
 stay until the second pass. It also knows of a gradient that is not finite in time: the step is then
-skipped as a whole. The one-pass form finds it when weights have changed, and stops.
+skipped as a whole. The one-pass form finds it when weights have changed, and stops. What writes
+over what it saved (Liger's kernels) has no second backward: the first step compares the norms.
 
 With several micro-batches `"two_pass"` takes one pass and leaves the sum to the ordinary step.
 
@@ -49,6 +50,12 @@ if TYPE_CHECKING:
 __all__ = ["BackwardUpdates", "RuleInBackward", "StepsParameters", "UpdateInBackward"]
 
 CLIP = ("none", "two_pass")
+
+_NORM_ROUNDINGS = 2**-5
+_NORM_NOISE = 1e-3
+"""How far a gradient's norm may be off in the second pass: bf16 rounds it by up to 2^-8, and sums
+on a GPU come in any order, which is all there is of a gradient that should be zero: so much of the
+global norm."""
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +103,12 @@ class UpdateInBackward(Strategy):
                 f"max_grad_norm={facts.settings.max_grad_norm:g} needs every gradient before the "
                 "first update, and here each is applied and freed in backward; use "
                 f"{self.name}(clip='two_pass') (exact, a second backward pass) or max_grad_norm=0"
+            )
+        if self.clips and facts.settings.liger_kernels:
+            raise ValueError(
+                "use_liger_kernel=True writes gradients over what forward saved, and "
+                "clip='two_pass' runs backward over it twice; use use_liger_kernel=False, or "
+                "clip='none' with max_grad_norm=0"
             )
         _refuse_reentrant(facts.model)
         self.in_backward(facts)
@@ -213,6 +226,9 @@ class BackwardUpdates(Attachment):
         self._closed = False
         self._driven = False
         self._told = False
+        self._passes_agree = False
+        """Whether a second pass has given the gradients of the first, once in this run."""
+        self._noise = torch.zeros(())
         self._names = {p: name for name, p in run.model.named_parameters() if p.requires_grad}
         self._updated_here = settings.in_backward(run.facts)
         self._hooks = [
@@ -255,10 +271,26 @@ class BackwardUpdates(Attachment):
         if parameter not in self._norms:
             self._norms[parameter] = get_total_norm([gradient], foreach=True)
         if self._pass is _Pass.APPLY:
+            if self._driven and not self._passes_agree:
+                self._refuse_other_gradient(parameter, gradient)
             if self._factor is not None:
                 gradient.mul_(self._factor.to(gradient.device))
             cast("StepsParameters", self.run.optimizer).step_parameters([parameter])
         parameter.grad = None
+
+    def _refuse_other_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Kernels that write over what they saved are wrong the second time, without a word."""
+        first, second = self._norms[parameter], get_total_norm([gradient], foreach=True)
+        near = _NORM_ROUNDINGS * first + self._noise.to(first.device)
+        if all_finite([torch.where((second - first).abs() <= near, 0.0, torch.nan)]):
+            return
+        raise RuntimeError(
+            f"{self.name}(clip='two_pass'): the norm of the gradient of "
+            f"{self._names[parameter]} is {first:.4g} in the first backward pass and "
+            f"{second:.4g} in the second: something in the model writes over what it saved "
+            "(Liger's kernels do), and some weights are wrong by now; load the model anew, and "
+            "use clip='none' with max_grad_norm=0"
+        )
 
     def _takes(self, parameter: nn.Parameter) -> bool:
         """Whether this pass drops the gradient, applied or not."""
@@ -345,8 +377,10 @@ class BackwardUpdates(Attachment):
         run.clear_gradients()  # those that are not in .grad come again, too
         if run.facts.settings.max_grad_norm > 0:
             self._factor = clip_factor(norm, run.facts.settings.max_grad_norm)
+        self._noise = _NORM_NOISE * norm
         with self._passing(_Pass.APPLY):
             torch.autograd.backward(loss)
+        self._passes_agree = True
 
     def _skip(self, norm: Tensor) -> None:
         """Leave the step out: no parameter and no state has changed. The log shows the norm."""

@@ -453,6 +453,54 @@ def test_two_passes_are_refused_where_one_is() -> None:
         memrt.prepare(model_of("plain"), ["in_backward(clip='global')"])
 
 
+class Overwriting(torch.autograd.Function):
+    """silu(gate) up, whose backward writes over what it saved, where no version counter sees it."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        share = gate.sigmoid()
+        of_gate = gradient * (share + gate * share * (1 - share)) * up
+        up.data.copy_(gradient * gate * share)
+        gate.data.copy_(of_gate)
+        return gate.detach(), up.detach()
+
+
+class Gated(nn.Module):
+    """An MLP over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(8, 16), nn.Linear(8, 16)])
+        self.down = nn.Linear(16, 8)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = (layer(hidden) for layer in self.layers)
+        loss: Tensor = self.down(Overwriting.apply(gate, up)).square().mean()  # type: ignore
+        return loss
+
+
+@pytest.mark.parametrize("name", ["in_backward", "lomo"])
+def test_two_passes_refuse_kernels_that_write_over_what_they_saved(
+    name: str, tmp_path: Path
+) -> None:
+    """As Liger's do: by the Trainer's setting, and in any loop by what they make of a gradient."""
+    spec = f"{name}(clip='two_pass')"
+    run = memrt.prepare(Gated(), [spec], max_grad_norm=1.0)
+    with pytest.raises(RuntimeError, match=r"gradient of layers\.\d.*Liger"), run.micro_batch():
+        run.backward(run.model(torch.linspace(-2, 2, 40).view(5, 8)))
+    with pytest.raises(ConflictError, match=r"use_liger_kernel=True writes .* clip='two_pass'"):
+        trainer_runs.trainer_of(tmp_path, options={"strategies": [spec]}, use_liger_kernel=True)
+    once = {"strategies": [name]}
+    trainer_runs.trainer_of(tmp_path, options=once, use_liger_kernel=True, max_grad_norm=0.0)
+
+
 class Shared(nn.Module):
     """One layer, used twice, each time in a checkpoint."""
 
