@@ -260,8 +260,9 @@ def _write_whole(
 
 def _copy_files(source: Source, folder: Path) -> None:
     """The checkpoint's other files, its tokenizer say; the base's where it has none."""
-    for path in source.other_files(skip=(*_RUN_FILES, *_MODEL_FILES)):
-        shutil.copy(path, folder)
+    for name, path in source.other_files(skip=(*_RUN_FILES, *_MODEL_FILES)).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(path, folder / name)
 
 
 @contextmanager

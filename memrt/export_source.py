@@ -6,7 +6,6 @@ import copy
 import json
 import warnings
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from memrt.adapters import (
 )
 from memrt.base_record import BaseRecord, require_base
 from memrt.checkpoint import load_state, read_strategies
+from memrt.export_files import other_files
 from memrt.initialization import Skeleton
 from memrt.loading import load
 from memrt.model_source import WeightSource, auto_class, resolve_config, weight_source
@@ -36,7 +36,7 @@ from memrt.session import Session
 from memrt.weight_files import WeightFiles, assign
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from memrt.strategy import Strategy
 
@@ -49,24 +49,6 @@ _LADDER = (
     "a ladder's side network cannot be folded into the model's own weights; write it with "
     "memrt.save_ladder(session, folder) and put it on its backbone with "
     "memrt.load_ladder(model, folder)"
-)
-
-# beside a base model's weights, what a user of the model needs
-_BASE_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
 )
 
 
@@ -253,39 +235,14 @@ class Source:
 
     # ------------------------------------------------------------ other files
 
-    def other_files(self, *, skip: Sequence[str]) -> list[Path]:
-        """What goes along: the checkpoint's own small files, then the base's."""
-        found: dict[str, Path] = {}
-        for path in self._base_files():
-            found[path.name] = path
-        adapters = self.adapter_config is not None
-        for path in sorted(self.folder.iterdir()):
-            card = adapters and path.name == "README.md"  # of the adapter, not of the model
-            if path.is_file() and not card and not any(fnmatch(path.name, each) for each in skip):
-                found[path.name] = path
-        return list(found.values())
-
-    def _base_files(self) -> Iterator[Path]:
-        if self.adapter_config is None:
-            own = self.folder / "generation_config.json"
-            if own.is_file():
-                yield own
-            return
-        if isinstance(self.base, nn.Module):
-            return
-        base = Path(str(self.base))
-        for name in _BASE_FILES:
-            path = base / name if base.is_dir() else _cached(str(self.base), name)
-            if path is not None and path.is_file():
-                yield path
-
-
-def _cached(name: str, filename: str) -> Path | None:
-    """A file of a Hub repository, which was fetched with the weights or is fetched now."""
-    from transformers.utils import cached_file
-
-    found = cached_file(name, filename, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
+    def other_files(self, *, skip: Sequence[str]) -> dict[str, Path]:
+        """What goes along, by its name in the export."""
+        return other_files(
+            self.folder,
+            base=None if isinstance(self.base, nn.Module) else self.base,
+            has_adapters=self.adapter_config is not None,
+            skip=skip,
+        )
 
 
 def _require_folder(source: Path) -> None:

@@ -137,20 +137,28 @@ def test_training_on_after_an_export_is_an_error(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
+def test_the_tokenizer_goes_along_with_all_its_chat_templates(tmp_path: Path) -> None:
     vocabulary = {f"t{index}": index for index in range(99)}
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")),
         unk_token="t0",
         pad_token="t1",
     )
+    tokenizer.chat_template = {"default": "one", "tool_use": "other"}
     options = {"strategies": [SPECS["lisa"]], "processing_class": tokenizer}
     trainer = run(tmp_path / "run", options=options, **SAVING)
     export_checkpoint(tmp_path / "run/checkpoint-2", tmp_path / "from_checkpoint")
     export_run(trainer, tmp_path / "from_run")
-    for folder in ("from_checkpoint", "from_run"):
+    # adapters alone have no tokenizer, and their base has
+    model_of("llama").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    run(tmp_path / "adapted", options={"strategies": [SPECS["peft"]]}, **SAVING)
+    adapters = tmp_path / "adapted/checkpoint-2"
+    export_checkpoint(adapters, tmp_path / "from_adapters", base=str(tmp_path / "base"))
+    for folder in ("from_checkpoint", "from_run", "from_adapters"):
         loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
         assert loaded.get_vocab() == tokenizer.get_vocab()
+        assert loaded.chat_template == tokenizer.chat_template
 
 
 def test_a_checkpoint_of_transformers_is_exported_as_it_is(tmp_path: Path) -> None:

@@ -198,7 +198,10 @@ class RunFolder:
             shutil.rmtree(made)
         what = write(made)
         for file in sorted(made.iterdir(), key=lambda file: file.name in _MODELS):
-            os.replace(file, self.path / file.name)
+            target = self.path / file.name
+            if target.is_dir():  # a tokenizer's chat templates of before, which no rename replaces
+                shutil.rmtree(target)
+            os.replace(file, target)
         made.rmdir()
         return what
 

@@ -89,3 +89,16 @@ def test_adapters_of_random_weights_are_folded_into_them(tmp_path: Path) -> None
     run = _train(tmp_path, model=_config(tmp_path))
     assert not (run / "adapter_config.json").exists()
     assert AutoModelForCausalLM.from_pretrained(run).num_parameters() > 0
+
+
+def test_a_tokenizer_with_several_chat_templates_is_published_again(tmp_path: Path) -> None:
+    text = Path(write_text(tmp_path / "text.txt")).read_text("utf-8")
+    tokenizer = byte_level_tokenizer(text, vocab_size=300)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    words = [f"model.tokenizer={tmp_path / 'tokenizer'}", "strategies=[]"]
+    model = _config(tmp_path, vocab_size=len(tokenizer))
+    for more in ([], ["--max-steps", "4", "--resume"]):
+        run = _train(tmp_path, *words, *more, model=model)
+        assert AutoTokenizer.from_pretrained(run).chat_template == tokenizer.chat_template
+    assert not (run / "memrt" / "model").exists()
