@@ -2,12 +2,13 @@
 
 Models have a few thousand parameters, are built from configs, and take well under a second a step.
 A family is a row of `TINY_FAMILIES`: the names that its config has for the usual sizes, what else a
-tiny one needs, and what its structure brings that others lack.
+tiny one needs, and what its structure brings that others lack. `SPECS` gives every strategy
+settings that do something to models this small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +19,14 @@ from torch.nn import functional
 
 __all__ = [
     "FAMILIES",
+    "PARTNERS",
+    "SPECS",
+    "STACKS",
     "TINY_FAMILIES",
     "VOCABULARY",
     "PlainModel",
     "TinyFamily",
+    "specs",
     "tiny_batches",
     "tiny_config",
     "tiny_model",
@@ -33,6 +38,68 @@ FAMILIES = ("llama", "gpt2", "bert", "plain")
 VOCABULARY = 99
 _HEADS = 4
 _IMAGE_SIZE = 16
+
+
+SPECS: dict[str, str] = {
+    "activation_checkpoint": "activation_checkpoint",
+    "apollo": "apollo(rank=4, every=3)",
+    "apollo_mini": "apollo_mini(every=3, scale=32.0)",
+    "adalomo": "adalomo(clip='two_pass')",
+    "badam": "badam(every=2)",
+    "fira": "fira(rank=4, every=3)",
+    "fp8_states": "fp8_states",
+    "fused_lora": "fused_lora",
+    "fused_loss": "fused_loss(chunk_tokens=8)",
+    "galore": "galore(rank=4, every=3)",
+    "int8": "int8",
+    "in_backward": "in_backward(clip='two_pass')",
+    "int4_states": "int4_states",
+    "int8_states": "int8_states",
+    "ladder": "ladder(reduction=2, taps='low_rank', seed=5)",
+    "lisa": "lisa(layers=1, every=2)",
+    "nf4": "nf4",
+    "lomo": "lomo(clip='two_pass')",
+    "offload_activations": "offload_activations(min_bytes=0)",
+    "peft": "peft(rank=4, dropout=0.1)",
+    "q_galore": "q_galore(rank=4, every=3)",
+}
+"""Every registered strategy with settings that bite on a model of a few thousand parameters."""
+
+PARTNERS: dict[str, list[str]] = {"fused_lora": ["peft"], "int8": ["peft"], "nf4": ["peft"]}
+"""Strategies that do not run alone, and what tests give them beside."""
+
+STACKS: list[list[str]] = [
+    ["activation_checkpoint", "offload_activations"],
+    ["lisa", "int8_states"],
+    ["galore", "int8_states"],
+    ["galore", "fp8_states"],
+    ["galore", "activation_checkpoint"],
+    ["galore", "lisa"],
+    ["galore(rank=4, every=3, form='plain')", "lisa"],
+    ["apollo", "int8_states", "activation_checkpoint", "lisa"],
+    ["fira", "int8_states", "lisa"],
+    ["q_galore", "activation_checkpoint", "lisa"],
+    ["ladder", "int8_states", "offload_activations"],
+    ["badam", "int8_states", "activation_checkpoint"],
+    ["galore", "in_backward", "int8_states"],
+    ["adalomo", "activation_checkpoint"],
+    ["activation_checkpoint", "offload_activations", "lisa", "int8_states"],
+    ["nf4", "peft", "activation_checkpoint"],
+    ["nf4", "peft", "fused_lora", "offload_activations"],
+    ["int8", "peft", "int8_states", "offload_activations"],
+    ["nf4", "ladder", "fp8_states"],
+]
+"""Stacks that must train on every family; each also with `fused_loss` where there is a head."""
+
+
+def specs(names: Sequence[str]) -> list[str]:
+    """Strategies as `SPECS` has them, with their partners; what is a spec already stays.
+
+    Beside a ladder packed weights need no adapters to have something that trains.
+    """
+    alone = [name for name in names if not ("ladder" in names and name in ("int8", "nf4"))]
+    partners = [partner for name in alone for partner in PARTNERS.get(name, [])]
+    return [SPECS.get(name, name) for name in dict.fromkeys([*names, *partners])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,15 @@ from memrt.profiling.timeline import Timeline
 from memrt.runner import model_loss
 from memrt.session import Session
 from memrt.structure import Facts, RunSettings, discover
-from memrt.testing import FAMILIES, tiny_batches, tiny_model
+from memrt.testing import (
+    FAMILIES,
+    PARTNERS,
+    SPECS,
+    STACKS,
+    specs,
+    tiny_batches,
+    tiny_model,
+)
 
 __all__ = [
     "FAMILIES",
@@ -31,62 +39,13 @@ __all__ = [
     "advance",
     "refusal",
     "session_state",
+    "specs",
     "tensors_equal",
     "train",
 ]
 
-SPECS: dict[str, str] = {
-    "activation_checkpoint": "activation_checkpoint",
-    "apollo": "apollo(rank=4, every=3)",
-    "apollo_mini": "apollo_mini(every=3, scale=32.0)",
-    "adalomo": "adalomo(clip='two_pass')",
-    "badam": "badam(every=2)",
-    "fira": "fira(rank=4, every=3)",
-    "fp8_states": "fp8_states",
-    "fused_lora": "fused_lora",
-    "fused_loss": "fused_loss(chunk_tokens=8)",
-    "galore": "galore(rank=4, every=3)",
-    "int8": "int8",
-    "in_backward": "in_backward(clip='two_pass')",
-    "int4_states": "int4_states",
-    "int8_states": "int8_states",
-    "ladder": "ladder(reduction=2, taps='low_rank', seed=5)",
-    "lisa": "lisa(layers=1, every=2)",
-    "nf4": "nf4",
-    "lomo": "lomo(clip='two_pass')",
-    "offload_activations": "offload_activations(min_bytes=0)",
-    "peft": "peft(rank=4, dropout=0.1)",
-    "q_galore": "q_galore(rank=4, every=3)",
-}
-"""Every registered strategy with settings that bite on a model of a few thousand parameters."""
-
-PARTNERS: dict[str, list[str]] = {"fused_lora": ["peft"], "int8": ["peft"], "nf4": ["peft"]}
-"""Strategies that do not run alone, and what the contract gives them beside."""
-
 ROUNDED = frozenset({"int8", "nf4"})
 """Strategies that round the model's own weights, once, when they are attached."""
-
-STACKS: list[list[str]] = [
-    ["activation_checkpoint", "offload_activations"],
-    ["lisa", "int8_states"],
-    ["galore", "int8_states"],
-    ["galore", "fp8_states"],
-    ["galore", "activation_checkpoint"],
-    ["galore", "lisa"],
-    ["galore(rank=4, every=3, form='plain')", "lisa"],
-    ["apollo", "int8_states", "activation_checkpoint", "lisa"],
-    ["fira", "int8_states", "lisa"],
-    ["q_galore", "activation_checkpoint", "lisa"],
-    ["ladder", "int8_states", "offload_activations"],
-    ["badam", "int8_states", "activation_checkpoint"],
-    ["galore", "in_backward", "int8_states"],
-    ["adalomo", "activation_checkpoint"],
-    ["activation_checkpoint", "offload_activations", "lisa", "int8_states"],
-    ["nf4", "peft", "activation_checkpoint"],
-    ["nf4", "peft", "fused_lora", "offload_activations"],
-    ["int8", "peft", "int8_states", "offload_activations"],
-]
-"""Stacks that must train on every family; each also with `fused_loss` where there is a head."""
 
 
 @dataclass(slots=True)
@@ -101,12 +60,6 @@ class Outcome:
     def weights(self) -> dict[str, Tensor]:
         """A copy of the weights."""
         return {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-
-
-def specs(names: Sequence[str]) -> list[str]:
-    """Names to specs, each with its partners; what is already a spec stays."""
-    partners = [partner for name in names for partner in PARTNERS.get(name, [])]
-    return [SPECS.get(name, name) for name in dict.fromkeys([*names, *partners])]
 
 
 def refusal(family: str, names: Sequence[str]) -> str | None:

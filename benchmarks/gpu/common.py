@@ -3,7 +3,9 @@
 A part is a process that fills one JSON, row by row. Before a case begins its name is written as
 `running`, after it the row; a process that dies leaves the rows before, and the one that is started
 in its place finds the case that killed it and goes on with the next. Errors that leave the device
-usable become a row; those that do not (CUDA errors are sticky) end the process.
+usable become a row; those that do not (CUDA errors are sticky) end the process, and so does a case
+that takes longer than it may. A part whose cases run in several processes at once has a file for
+each, `correctness-llama.json`, which `benchmarks.gpu.run` joins.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import argparse
 import atexit
 import gc
 import json
+import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -23,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.codes import DEVICE_LOST, NO_DEVICE
+from benchmarks.gpu.codes import DEVICE_LOST, NO_DEVICE, TIMED_OUT
 from benchmarks.record import write_json
 
 __all__ = [
+    "CASE_SECONDS",
     "SCALES",
     "PartFile",
     "Setting",
@@ -41,6 +46,8 @@ __all__ = [
 ]
 
 SCALES = ("full", "tiny")
+CASE_SECONDS = 60.0
+"""What a case may take where its part does not say otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +58,8 @@ class Setting:
     scale: str
     output: Path
     only: tuple[str, ...] = ()
+    label: str = ""
+    """Of the file, where a part has several."""
 
     @property
     def is_cuda(self) -> bool:
@@ -70,6 +79,7 @@ def parse(argv: Sequence[str] | None, description: str) -> Setting:
     parser.add_argument("--scale", choices=SCALES, default="full")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=[], help="cases whose names begin with these")
+    parser.add_argument("--label", default="", help="of the file, where a part has several")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("torch sees no CUDA device; --device cpu --scale tiny tries the suite without one")
@@ -79,15 +89,19 @@ def parse(argv: Sequence[str] | None, description: str) -> Setting:
         scale=arguments.scale,
         output=arguments.output,
         only=tuple(arguments.only),
+        label=arguments.label,
     )
 
 
 class PartFile:
     """The rows of one part, on disk from the moment they are known."""
 
-    def __init__(self, setting: Setting, name: str) -> None:
-        self._path = setting.output / f"{name}.json"
+    def __init__(self, setting: Setting, name: str, *, case_seconds: float = CASE_SECONDS) -> None:
+        label = f"-{setting.label}" if setting.label else ""
+        self._path = setting.output / f"{name}{label}.json"
         self._setting = setting
+        self._case_seconds = case_seconds
+        self._lock = threading.Lock()
         self._content: dict[str, Any] = {
             "part": name,
             "device": name_of(setting.device),
@@ -98,6 +112,10 @@ class PartFile:
         if self._path.exists():
             self._content.update(json.loads(self._path.read_text("utf-8")))
             self._bury()
+        self._joined: set[str] = set()
+        whole = setting.output / f"{name}.json"
+        if label and whole.exists():
+            self._joined = {*json.loads(whole.read_text("utf-8"))["rows"]}
         freeze()
 
     def _bury(self) -> None:
@@ -121,20 +139,39 @@ class PartFile:
     def case(self, key: str, measure: Callable[[], dict[str, Any]]) -> None:
         """Run a case, unless it is known already or not asked for."""
         wanted = not self._setting.only or key.startswith(self._setting.only)
-        if key in self.rows or not wanted:
+        if key in self.rows or key in self._joined or not wanted:
             return
         self._content["running"] = key
         self._write()
+        # a thread, for a call into CUDA that hangs never comes back to Python's signals
+        watch = threading.Timer(self._case_seconds, self._give_up, [key])
+        watch.daemon = True
+        watch.start()
         began = time.perf_counter()
-        row = _guarded(measure)
-        row["seconds"] = round(time.perf_counter() - began, 3)
-        self.rows[key] = row
-        self._content["running"] = None
-        self._write()
-        reason = f": {row['reason']}" if row.get("reason") else ""
-        print(f"  {key}: {row['status']}{reason} ({row['seconds']:.1f} s)", flush=True)
+        try:
+            row = _guarded(measure)
+        finally:
+            watch.cancel()
+        self._finish(key, row, seconds=time.perf_counter() - began)
         if row["status"] == "device lost":
             raise SystemExit(DEVICE_LOST)
+
+    def _finish(self, key: str, row: dict[str, Any], *, seconds: float) -> None:
+        with self._lock:
+            row["seconds"] = round(seconds, 3)
+            self.rows[key] = row
+            self._content["running"] = None
+            self._write()
+        reason = f": {row['reason']}" if row.get("reason") else ""
+        print(f"  {key}: {row['status']}{reason} ({row['seconds']:.1f} s)", flush=True)
+
+    def _give_up(self, key: str) -> None:
+        """End the process in the middle of a case; the next one goes on behind it."""
+        if key in self.rows:
+            return
+        reason = f"it took more than {self._case_seconds:g} s"
+        self._finish(key, {"status": "time out", "reason": reason}, seconds=self._case_seconds)
+        os._exit(TIMED_OUT)
 
     def _write(self) -> None:
         write_json(self._path, self._content)

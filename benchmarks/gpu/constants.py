@@ -24,10 +24,10 @@ from benchmarks.record import conditions
 from memrt.profiling.allocator import AllocatorUnavailable, CudaAllocator
 from memrt.profiling.nvml import Nvml, NvmlUnavailable, address_of_torch_device
 
-__all__ = ["main"]
+__all__ = ["Driver", "main"]
 
 
-class _Driver:
+class Driver:
     """NVML's numbers, or the reason why there are none."""
 
     def __init__(self, setting: Setting) -> None:
@@ -121,7 +121,7 @@ def _moments(device: torch.device) -> list[tuple[str, Callable[[], Tensor | None
 def main(argv: Sequence[str] | None = None) -> int:
     """Fill constants.json."""
     setting = parse(argv, __doc__ or "")
-    driver = _Driver(setting)  # before the first tensor: its baseline is without our context
+    driver = Driver(setting)  # before the first tensor: its baseline is without our context
     part = PartFile(setting, "constants")
     kept: list[Tensor] = []
 
@@ -129,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         left = action()
         if left is not None:
             kept.append(left)
-        synchronize(setting.device)
+        if kept:  # before the first tensor it would make the context
+            synchronize(setting.device)
         return _row(setting, driver, kept)
 
     part.case("before", lambda: row(lambda: None))
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _row(setting: Setting, driver: _Driver, kept: Sequence[Tensor]) -> dict[str, Any]:
+def _row(setting: Setting, driver: Driver, kept: Sequence[Tensor]) -> dict[str, Any]:
     allocator = _allocator(setting) if kept or not setting.is_cuda else _NO_CONTEXT
     seen = driver.read()
     tensors = sum(-(-t.untyped_storage().nbytes() // 512) * 512 for t in kept)

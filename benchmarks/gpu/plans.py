@@ -1,4 +1,4 @@
-"""Plans of everything that `memory` trains; needs no device, so it runs beside other parts."""
+"""Plans of what `memory` and `seventy_b` train; needs no device, so it runs beside other parts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from functools import partial
 from typing import Any
 
 from benchmarks.gpu.common import PartFile, parse
-from benchmarks.gpu.workloads import Model, memory_models, plan_for, stacks
+from benchmarks.gpu.workloads import (
+    Model,
+    memory_models,
+    plan_for,
+    seventy_b_model,
+    seventy_b_stacks,
+    stacks,
+)
 
 __all__ = ["key_of", "main"]
 
@@ -29,9 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Fill plans.json."""
     setting = parse(argv, __doc__ or "")
     part = PartFile(setting, "plans")
-    for model in memory_models(setting):
-        for stack in stacks(setting):
-            part.case(key_of(model, stack), partial(_row, model, stack))
+    wanted = [(model, stack) for model in memory_models(setting) for stack in stacks(setting)]
+    for packed in ("nf4", "int8"):
+        known = seventy_b_stacks(setting, packed=packed).values()
+        wanted += [(seventy_b_model(setting), stack) for stack in known]
+    for model, stack in wanted:
+        part.case(key_of(model, stack), partial(_row, model, stack))
     return 0
 
 

@@ -1,8 +1,9 @@
 """From the parts' files to one record and its tables; reads JSON only, so it runs anywhere.
 
-What is judged: that every check on the device passed, that the plan's *expected* device bytes are
-within 5 % of what NVML shows in 90 % of the runs and within 10 % in all, and that its *high* is
-never below. On the CPU there is nothing to judge.
+What is judged: that every check on the device passed and every strategy did somewhere, that the
+plan's *expected* device bytes are within 5 % of what NVML shows in 90 % of the runs and within 10 %
+in all, that its *high* is never below, and where the 70B part ran, its bounds
+(`benchmarks.gpu.summary_70b`). On the CPU there is nothing to judge.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from datetime import datetime, timezone
 from statistics import median
 from typing import Any
 
+from benchmarks.gpu import summary_70b
+from benchmarks.gpu.tables import GIB, aligned, gib, number
 from benchmarks.record import commit, cores, cpu_model, dirty, make_record
 
-__all__ = ["CLAIM", "GOAL", "compare", "record", "text"]
+__all__ = ["CLAIM", "GOAL", "compare", "own_bytes", "record", "text"]
 
 CLAIM = (
     "On a CUDA device every strategy trains right, and a plan tells what the allocator and NVML "
@@ -28,9 +31,9 @@ GOAL = (
 CLOSE, FAR = 0.05, 0.10
 CLOSE_SHARE = 0.9
 
-_CHECKED = ("correctness", "operators", "tests")
-_BAD = {"failed", "error", "crashed", "device lost"}
-_GIB = 2**30
+_CHECKED = ("correctness", "operators", "tests", "seventy_b")
+_BAD = {"failed", "error", "crashed", "device lost", "time out"}
+_ABSENT = "not installed"
 
 Contents = Mapping[str, Mapping[str, Any]]
 
@@ -38,7 +41,7 @@ Contents = Mapping[str, Mapping[str, Any]]
 def compare(row: Mapping[str, Any], planned: Mapping[str, Any] | None) -> dict[str, Any]:
     """A measured row beside its plan; None for what one of them lacks."""
     allocated = row.get("allocated") or {}
-    own = row["driver"]["process_peak_bytes"]
+    own = own_bytes(row["driver"])
     found = {
         "size": row["size"],
         "stack": row["stack"],
@@ -71,6 +74,14 @@ def compare(row: Mapping[str, Any], planned: Mapping[str, Any] | None) -> dict[s
     }
 
 
+def own_bytes(driver: Mapping[str, Any]) -> int | None:
+    """What the process had on the device; the device's growth is without what it had before."""
+    own: int | None = driver["process_peak_bytes"]
+    if own is not None and driver["process_source"] == "device delta":
+        own += driver.get("context_bytes") or 0
+    return own
+
+
 def _ratio(one: int, other: int | None) -> float | None:
     return None if not other else one / other
 
@@ -94,6 +105,21 @@ def _checks(contents: Contents) -> dict[str, Any]:
             },
         }
     return found
+
+
+def _never_passed(contents: Contents) -> dict[str, str]:
+    """Strategies that passed on no family, with a reason; not those whose package is missing."""
+    by_name: dict[str, list[Mapping[str, Any]]] = {}
+    for row in _rows(contents, "correctness").values():
+        stack = row.get("stack", "none")
+        if stack != "none" and "+" not in stack:
+            by_name.setdefault(stack, []).append(row)
+    return {
+        name: str(rows[0].get("reason"))
+        for name, rows in by_name.items()
+        if not any(row["status"] == "passed" for row in rows)
+        and not all(_ABSENT in str(row.get("reason")) for row in rows)
+    }
 
 
 def _memory(contents: Contents) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -167,6 +193,8 @@ def _judgement(
     checks: Mapping[str, Any],
     memory: Sequence[Mapping[str, Any]],
     unfinished: Sequence[str],
+    never: Mapping[str, str],
+    large: Mapping[str, Any],
 ) -> tuple[bool | None, str]:
     """Whether the goal is met, and why."""
     failed = sum(len(part["not_passed"]) for part in checks.values())
@@ -178,6 +206,10 @@ def _judgement(
     reason = f"{passed} checks passed, {failed} did not"
     if unfinished:
         reason += f"; not finished: {', '.join(unfinished)}"
+    if never:
+        reason += f"; passed nowhere: {', '.join(never)}"
+    if large:
+        reason += f"; {large['reason']}"
     if not errors:
         return None, f"{reason}; no plan was compared with NVML"
     close = sum(error <= CLOSE for error in errors) / len(errors)
@@ -186,7 +218,8 @@ def _judgement(
         f"{max(errors):.1%} off; {len(above)} above the high bound"
     )
     met = close >= CLOSE_SHARE and max(errors) <= FAR and not above
-    return met and not failed and not unfinished, reason
+    met = met and large.get("met") is not False
+    return met and not failed and not unfinished and not never, reason
 
 
 def record(
@@ -201,7 +234,10 @@ def record(
     checks = _checks(contents)
     memory, absent = _memory(contents)
     unfinished = sorted({part["part"] for part in parts if part["exit_code"] != 0})
-    met, reason = _judgement(checks, memory, unfinished)
+    never = _never_passed(contents)
+    large = summary_70b.section(_rows(contents, "seventy_b"), _rows(contents, "plans"), compare)
+    measured = [*memory, *large.get("rows", [])]
+    met, reason = _judgement(checks, measured, unfinished, never, large)
     if device != "cuda":
         met, reason = None, f"run on the CPU, so nothing here is a GPU's; {reason}"
     return make_record(
@@ -214,6 +250,8 @@ def record(
                 "parts": list(parts),
                 "seconds": seconds,
                 "checks": checks,
+                "never_passed": never,
+                "seventy_b": large,
                 "memory": memory,
                 "memory_not_run": absent,
                 "speed": _speed(contents),
@@ -251,46 +289,28 @@ def _conditions(contents: Contents, *, device: str, scale: str) -> dict[str, Any
 # ---------------------------------------------------------------- tables for people
 
 
-def _gib(num_bytes: int | None) -> str:
-    return "-" if num_bytes is None else f"{num_bytes / _GIB:.2f}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        first, *others = (
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join((first, *others)).rstrip()
-
-
 def _memory_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """GiB of the plan, the ledger, the allocator and the driver."""
     header = (
         *("model, stack", "plan", "ledger", "allocated", "plan/alloc", "reserved"),
         *("expected", "NVML", "exp/NVML", "high", "tok/s"),
     )
-    yield from _aligned(
+    yield from aligned(
         [
             header,
             *(
                 (
                     f"{row['size']} {row['stack']}",
-                    _gib(row.get("predicted_rounded_bytes")),
-                    ("=" if row.get("plan_equals_ledger") else "") + _gib(row["counted_bytes"]),
-                    _gib(row["allocated_bytes"]),
-                    _number(row.get("plan_to_allocated"), ".4f"),
-                    _gib(row["reserved_bytes"]),
-                    _gib(row.get("expected_device_bytes")),
-                    _gib(row["process_bytes"]),
-                    _number(row.get("expected_to_process"), ".4f"),
-                    _gib(row.get("high_device_bytes")),
-                    _number(row["tokens_per_second"], ",.0f"),
+                    gib(row.get("predicted_rounded_bytes")),
+                    ("=" if row.get("plan_equals_ledger") else "") + gib(row["counted_bytes"]),
+                    gib(row["allocated_bytes"]),
+                    number(row.get("plan_to_allocated"), ".4f"),
+                    gib(row["reserved_bytes"]),
+                    gib(row.get("expected_device_bytes")),
+                    gib(row["process_bytes"]),
+                    number(row.get("expected_to_process"), ".4f"),
+                    gib(row.get("high_device_bytes")),
+                    number(row["tokens_per_second"], ",.0f"),
                 )
                 for row in rows
             ),
@@ -301,17 +321,17 @@ def _memory_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _speed_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Each variant beside the plain loop: GiB and its difference, tokens a second, energy."""
     base = rows[0]["peak_allocated_bytes"]
-    yield from _aligned(
+    yield from aligned(
         [
             ("variant", "GiB", "Δ GiB", "tok/s", "Δ %", "J/1000 tokens"),
             *(
                 (
                     row["variant"],
-                    _gib(row["peak_allocated_bytes"]),
+                    gib(row["peak_allocated_bytes"]),
                     "-"
                     if None in (base, row["peak_allocated_bytes"])
-                    else f"{(row['peak_allocated_bytes'] - base) / _GIB:+.2f}",
-                    _number(row["tokens_per_second"], ",.0f"),
+                    else f"{(row['peak_allocated_bytes'] - base) / GIB:+.2f}",
+                    number(row["tokens_per_second"], ",.0f"),
                     f"{100 * (row['relative_speed'] - 1):+.1f}",
                     "-"
                     if row["joules_per_token"] is None
@@ -344,19 +364,21 @@ def text(record: Mapping[str, Any]) -> str:
         lines += ["", "memory, GiB (= : plan and ledger are equal to the byte)"]
         lines += _memory_table(summary["memory"])
     lines += [f"  {key}: {reason}" for key, reason in summary["memory_not_run"].items()]
+    if summary["seventy_b"]:
+        lines += ["", *summary_70b.lines(summary["seventy_b"])]
     if summary["speed"]:
         lines += ["", "speed", *_speed_table(summary["speed"])]
     for row in summary["updates"]:
         lines += ["", f"{row['case']}: {row.get('reason', '')}".rstrip(": "), *_update_lines(row)]
     lines += ["", "bytes beside tensors"]
-    lines += _aligned(
+    lines += aligned(
         [
             ("after", "workspaces", "context and other"),
             *(
                 (
                     key,
-                    _number(row["workspace_bytes"], ","),
-                    _number(row["context_and_other_bytes"], ","),
+                    number(row["workspace_bytes"], ","),
+                    number(row["context_and_other_bytes"], ","),
                 )
                 for key, row in summary["constants"]["after"].items()
             ),

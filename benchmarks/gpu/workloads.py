@@ -19,11 +19,17 @@ from memrt.strategy import Strategy
 from memrt.structure import RunSettings
 
 __all__ = [
+    "ADAPTERS",
+    "DTYPE",
+    "SETTINGS",
     "STACKS",
     "Model",
     "memory_models",
     "plan_for",
+    "seventy_b_model",
+    "seventy_b_stacks",
     "speed_model",
+    "stacks",
     "strategies_of",
     "workload",
 ]
@@ -39,6 +45,9 @@ STACKS = (
     "offload_activations",
 )
 """The slowest comes last: pinning the memory for it takes a while."""
+
+ADAPTERS = "peft(method='lora', rank=16, targets='all-linear')"
+"""As in examples/70b_on_one_gpu.yaml."""
 
 DTYPE = torch.bfloat16
 SETTINGS = RunSettings(max_grad_norm=1.0, learning_rate=1e-5)
@@ -65,6 +74,27 @@ def speed_model(setting: Setting) -> Model:
     if setting.tiny:
         return Model(size="tiny", shape=Shape(sequence_length=32))
     return Model(size="1B", shape=Shape(batch_size=4, sequence_length=2048))
+
+
+def seventy_b_model(setting: Setting) -> Model:
+    """Llama 3's 70B shape, one sequence a step."""
+    if setting.tiny:
+        return Model(size="tiny", shape=Shape(sequence_length=32))
+    return Model(size="70B", shape=Shape(sequence_length=2048))
+
+
+def seventy_b_stacks(setting: Setting, *, packed: str = "nf4") -> dict[str, str]:
+    """The two stacks of docs/70b-on-one-gpu.md; `packed` is the format of the frozen weights.
+
+    The tiny shape is too narrow for a side network of a sixteenth.
+    """
+    reduction = 2 if setting.tiny else 16
+    states = "int8_states" if packed == "nf4" else "fp8_states"
+    side = f"reduction={reduction}, taps='projected', init='principal', checkpoint=True"
+    return {
+        "ladder": f"{packed}+ladder({side})+{states}+fused_loss",
+        "adapters": f"{packed}+{ADAPTERS}+activation_checkpoint+fused_loss",
+    }
 
 
 def stacks(setting: Setting) -> Sequence[str]:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,12 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks.gpu import common, constants, memory, run, summary
-from benchmarks.gpu.codes import DEVICE_LOST, NO_DEVICE
+from benchmarks.gpu import common, constants, memory, parts, run, summary
+from benchmarks.gpu.codes import DEVICE_LOST, NO_DEVICE, TIMED_OUT
 from benchmarks.gpu.common import PartFile, Setting
 from benchmarks.gpu.device_tests import rows_of
-from benchmarks.record import ROOT, check_record
-from memrt import registry
+from benchmarks.gpu.parts import DEFAULT_PARTS, PARTS, Part
+from benchmarks.record import ROOT, check_record, write_json
 
 GIB = 2**30
 
@@ -29,7 +30,10 @@ GIB = 2**30
 def _run_suite(folder: Path) -> None:
     """Every part, as the command runs it; what it printed goes beside the results."""
     done = subprocess.run(
-        ["bash", "benchmarks/gpu/run.sh", str(folder), "--device", "cpu", "--scale", "tiny"],
+        [
+            *("bash", "benchmarks/gpu/run.sh", str(folder), "--device", "cpu", "--scale", "tiny"),
+            *("--parts", *PARTS),
+        ],
         cwd=ROOT,
         env={**os.environ, "PYTHON": sys.executable, "MEMRT_COMMIT": "abc123"},
         capture_output=True,
@@ -50,11 +54,11 @@ def suite(made_once: Callable[[str, Callable[[Path], None]], Path]) -> dict[str,
 
 
 def test_every_part_ends_and_writes_its_file(suite: dict[str, Any]) -> None:
-    assert set(suite) == {"stdout", "summary", "plans", *run.PARTS}
-    parts = suite["summary"]["summary"]["parts"]
-    assert {part["part"] for part in parts} == {"plans", *run.PARTS}
-    assert all(part["exit_code"] == 0 and part["starts"] == 1 for part in parts)
-    for name in ("plans", *run.PARTS):
+    assert set(suite) == {"stdout", "summary", "plans", *PARTS}
+    ran = suite["summary"]["summary"]["parts"]
+    assert {part["part"] for part in ran} == {"plans", *PARTS}
+    assert all(part["exit_code"] == 0 and part["starts"] == 1 for part in ran)
+    for name in ("plans", *PARTS):
         assert suite[name]["part"] == name
         assert suite[name]["running"] is None
         assert suite[name]["rows"], name
@@ -66,7 +70,7 @@ def test_no_number_of_a_cpu_looks_like_a_gpus(suite: dict[str, Any]) -> None:
     assert record["conditions"]["device"] == "cpu"
     assert record["conditions"]["driver_version"] is None
     assert record["conditions"]["configuration"] == {"device": "cpu", "scale": "tiny"}
-    assert {suite[name]["device"] for name in ("plans", *run.PARTS)} == {"cpu"}
+    assert {suite[name]["device"] for name in ("plans", *PARTS)} == {"cpu"}
     for row in suite["memory"]["rows"].values():
         assert row["allocated"] is row["pinned"] is row["joules_per_token"] is None
         assert row["driver"]["source"] == "rss"
@@ -85,7 +89,7 @@ def test_the_summary_is_a_record_that_holds_everything(suite: dict[str, Any]) ->
     assert record["name"] == "gpu"
     assert record["conditions"]["commit"] == "abc123"
     assert record["conditions"]["packages"]["torch"] == torch.__version__
-    assert record["repetitions"] == {name: suite[name] for name in ("plans", *run.PARTS)}
+    assert record["repetitions"] == {name: suite[name] for name in ("plans", *PARTS)}
     assert record["verdict_reason"] in suite["stdout"]
     assert "torch loop" in suite["stdout"]
 
@@ -93,7 +97,7 @@ def test_the_summary_is_a_record_that_holds_everything(suite: dict[str, Any]) ->
 def test_the_strategies_are_right_on_this_device(suite: dict[str, Any]) -> None:
     rows = suite["correctness"]["rows"]
     statuses = {key: row["status"] for key, row in rows.items()}
-    assert sorted(set(statuses.values())) == ["passed", "refused"], statuses
+    assert [key for key, status in statuses.items() if status != "passed"] == ["plain fused_loss"]
     offload = rows["llama offload_activations"]["checks"]
     assert set(offload) == {
         *("trains", "deterministic", "resume", "detach", "tidy"),
@@ -115,17 +119,30 @@ def test_plan_and_ledger_are_equal_here_too(suite: dict[str, Any]) -> None:
     assert set(phases) >= {"counted", *memory.FULL_SPEED}
 
 
-def test_full_scale_covers_every_strategy() -> None:
-    from benchmarks.gpu.correctness import STACKS, _cases
-
-    setting = Setting(device=torch.device("cpu"), scale="full", output=Path("unused"))
-    cases = list(_cases(setting))
-    assert len(cases) == len(set(cases))
-    assert {stack for family, stack in cases if family == "bert"} >= {
-        "none",
-        *registry.names(),
-        *STACKS,
-    }
+def test_the_70b_part_runs_at_any_size(suite: dict[str, Any]) -> None:
+    rows = suite["seventy_b"]["rows"]
+    assert list(rows) == [
+        "gradients nf4 float32",
+        "gradients nf4 bfloat16",
+        "ladder nf4",
+        "adapters nf4",
+        "QLoRA",
+    ]
+    for key in list(rows)[:2]:
+        assert rows[key]["status"] == "passed", rows[key]
+        assert rows[key]["control_found"] > 0
+        assert rows[key]["num_adapters"] == 2 * 7 * 4
+    found = suite["summary"]["summary"]["seventy_b"]
+    assert [row["case"] for row in found["rows"]] == ["ladder nf4", "adapters nf4"]
+    for row in found["rows"]:
+        assert row["plan_equals_ledger"] is True
+        assert row["kept_bytes"] > 0
+        assert row["times_qlora"] > 0
+    # the same weights: the loss before anything was learned is the same
+    first = rows["adapters nf4"]["losses"][0]
+    assert rows["ladder nf4"]["losses"][0] == pytest.approx(first, rel=1e-3)
+    assert rows["QLoRA"]["loss"] == pytest.approx(first, rel=0.02)
+    assert found["met"] is None
 
 
 # ---------------------------------------------------------------- parts that die
@@ -183,9 +200,12 @@ def test_only_the_cases_that_are_asked_for_run(tmp_path: Path) -> None:
     assert list(part.rows) == ["1B none", "1B lisa"]
 
 
+def _arguments(output: Path) -> argparse.Namespace:
+    return argparse.Namespace(output=output, device="cpu", scale="tiny", minutes=9.0, beside=2)
+
+
 def _suite(tmp_path: Path, codes: list[int | None], monkeypatch: pytest.MonkeyPatch) -> run._Suite:
-    arguments = argparse.Namespace(output=tmp_path, device="cpu", scale="tiny", minutes=9.0)
-    suite = run._Suite(arguments)
+    suite = run._Suite(_arguments(tmp_path))
     monkeypatch.setattr(suite, "_start", lambda part, limit: codes.pop(0))
     return suite
 
@@ -194,7 +214,7 @@ def _suite(tmp_path: Path, codes: list[int | None], monkeypatch: pytest.MonkeyPa
     ("codes", "starts", "last"),
     [
         ([0], 1, 0),
-        ([DEVICE_LOST, -11, 0], 3, 0),
+        ([DEVICE_LOST, TIMED_OUT, -11, 0], 4, 0),
         ([1, 1, 1, 1], run.MOST_STARTS, 1),
         ([None], 1, None),
         ([NO_DEVICE], 1, NO_DEVICE),
@@ -208,19 +228,18 @@ def test_a_part_that_dies_is_started_again(
     last: int | None,
 ) -> None:
     suite = _suite(tmp_path, codes, monkeypatch)
-    assert suite.run(run.PARTS["operators"][0]) == last
+    assert suite.run(PARTS["operators"][0]) == last
     (noted,) = suite.parts
     assert (noted["starts"], noted["exit_code"]) == (starts, last)
     assert noted["timed_out"] is (last is None)
 
 
 def test_a_part_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = argparse.Namespace(output=tmp_path, device="cpu", scale="tiny", minutes=9.0)
-    hanging = run.Part(name="operators", module="unused", limit_seconds=0.5)
+    hanging = Part(name="operators", module="unused", share_seconds=1)
     monkeypatch.setattr(
-        run.Part, "command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"]
+        Part, "command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"]
     )
-    assert run._Suite(arguments).run(hanging) is None
+    assert run._Suite(_arguments(tmp_path)).run(hanging, 0.5) is None
 
 
 def test_without_a_device_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,9 +252,87 @@ def test_without_a_device_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_plans_are_made_without_the_device() -> None:
-    command = run.PLANS.command(argparse.Namespace(device="cuda", scale="full", output=Path("x")))
+    plans = parts.plans_part(["memory", "seventy_b"], "full")
+    assert plans is not None
+    command = plans.command(argparse.Namespace(device="cuda", scale="full", output=Path("x")))
     assert command[command.index("--device") + 1] == "cpu"
-    assert run.PLANS.environment == {"CUDA_VISIBLE_DEVICES": ""}
+    assert plans.environment == {"CUDA_VISIBLE_DEVICES": ""}
+    assert plans.only == (*(f"{size} " for size in parts.MODEL_SIZES), "70B ")
+    assert parts.plans_part(["operators"], "full") is None
+
+
+def test_what_runs_by_default_has_a_share_of_nine_minutes() -> None:
+    found = parts.stages(DEFAULT_PARTS, "full")
+    assert sum(max(part.share_seconds for part in stage) for stage in found) <= 9 * 60 - 5
+    assert {part.name for stage in found for part in stage} == {*PARTS} - {"seventy_b"}
+    assert all(len(stage) == 1 for stage in found if any(part.takes_times for part in stage))
+    files = [(part.name, part.label) for part in found[1]]
+    assert len(files) == len({*files}) == 9  # nobody writes into another's file
+
+
+def test_a_part_ends_with_its_share_and_leaves_the_rest_to_the_next(tmp_path: Path) -> None:
+    suite = run._Suite(_arguments(tmp_path))
+    whole = 9 * 60 - run.SUMMARY_SECONDS
+    assert suite.seconds_of(0.25) == pytest.approx(whole / 4, abs=1)
+    suite.began -= 100
+    assert suite.seconds_of(0.25) == pytest.approx(whole / 4 - 100, abs=1)
+    assert suite.seconds_of(1.0) == pytest.approx(suite.seconds_left(), abs=1)
+
+
+def test_a_case_that_hangs_costs_one_row(tmp_path: Path) -> None:
+    code = f"""
+import time, torch
+from pathlib import Path
+from benchmarks.gpu.common import PartFile, Setting
+setting = Setting(device=torch.device("cpu"), scale="tiny", output=Path({str(tmp_path)!r}))
+part = PartFile(setting, "some", case_seconds=0.2)
+part.case("hangs", lambda: time.sleep(60))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == TIMED_OUT
+    again = _part(tmp_path)
+    again.case("hangs", lambda: pytest.fail("it would hang again"))
+    again.case("next", lambda: {})
+    assert [row["status"] for row in again.rows.values()] == ["time out", "ok"]
+
+
+def test_a_second_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that ended are left alone; what only the summary holds is put back."""
+    started: list[str] = []
+    failing = {"operators": 1}
+
+    def start(self: run._Suite, part: Part, limit: float) -> int:
+        started.append(part.title)
+        write_json(tmp_path / f"{part.name}.json", {"part": part.name, "device": "cpu", "rows": {}})
+        return failing.get(part.name, 0)
+
+    monkeypatch.setattr(run._Suite, "_start", start)
+    command = [str(tmp_path), *("--device", "cpu", "--scale", "tiny", "--beside", "1")]
+    assert run.main([*command, "--parts", "constants", "operators"]) == 1
+    assert started == ["constants", *["operators"] * run.MOST_STARTS]
+    (tmp_path / "constants.json").unlink()
+    started.clear()
+    failing.clear()
+    assert run.main([*command, "--parts", "constants", "operators", "tests", "--resume"]) == 0
+    assert started == ["operators", "tests"]
+    assert (tmp_path / "constants.json").exists()
+    found = json.loads((tmp_path / "summary.json").read_text("utf-8"))["summary"]["parts"]
+    assert {part["part"]: part["exit_code"] for part in found} == {
+        **dict.fromkeys(("constants", "operators", "tests"), 0)
+    }
+
+
+def test_files_of_one_part_are_joined(tmp_path: Path) -> None:
+    setting = Setting(device=torch.device("cpu"), scale="tiny", output=tmp_path)
+    for label in ("llama", "bert"):
+        labelled = replace(setting, label=label)
+        PartFile(labelled, "correctness").case(f"{label} none", lambda: {})
+    run._join(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["correctness.json"]
+    rows = json.loads((tmp_path / "correctness.json").read_text("utf-8"))["rows"]
+    assert set(rows) == {"llama none", "bert none"}
+    again = PartFile(replace(setting, label="llama"), "correctness")
+    again.case("llama none", lambda: pytest.fail("it is known"))
 
 
 def test_older_results_are_not_overwritten(tmp_path: Path) -> None:
@@ -285,7 +382,7 @@ def _contents(*, expected: int, high: int, process: int, failed: int = 0) -> dic
     }
 
 
-PARTS = [{"part": "memory", "exit_code": 0}]
+RAN = [{"part": "memory", "label": "memory", "exit_code": 0}]
 
 
 @pytest.mark.parametrize(
@@ -308,8 +405,8 @@ def test_the_verdict_on_a_device(
         process=process,
         failed=failed,
     )
-    parts = [{"part": "memory", "exit_code": codes}]
-    made = summary.record(contents, parts, seconds=1.0, device="cuda", scale="full")
+    ran = [{"part": "memory", "label": "memory", "exit_code": codes}]
+    made = summary.record(contents, ran, seconds=1.0, device="cuda", scale="full")
     check_record(made)
     assert made["verdict"] == verdict, made["verdict_reason"]
     assert made["conditions"]["device"] == "NVIDIA H200"
@@ -320,16 +417,81 @@ def test_a_run_without_its_plan_or_without_nvml_is_kept() -> None:
     row = _memory_row(process=None)
     assert summary.compare(row, None)["predicted_bytes"] is None
     contents = {"memory": {"device": "NVIDIA H200", "rows": {"1B 1x2048 none": row}}}
-    made = summary.record(contents, PARTS, seconds=1.0, device="cuda", scale="full")
+    made = summary.record(contents, RAN, seconds=1.0, device="cuda", scale="full")
     assert made["verdict"] == "not judged"
     assert "1B none" in summary.text(made)
+
+
+def test_a_process_that_nvml_does_not_list_has_its_context_too() -> None:
+    row = _memory_row(process=10 * GIB)
+    row["driver"] |= {"process_source": "device delta", "context_bytes": GIB}
+    assert summary.compare(row, None)["process_bytes"] == 11 * GIB
+    assert summary.compare(_memory_row(process=10 * GIB), None)["process_bytes"] == 10 * GIB
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict"),
+    [
+        ({"bert galore": ("refused", "no"), "llama galore": ("passed", None)}, "met"),
+        ({"bert galore": ("refused", "no"), "llama galore": ("refused", "no")}, "missed"),
+        ({"bert nf4": ("refused", "bitsandbytes is not installed")}, "met"),
+        ({"bert galore": ("time out", "it took long")}, "missed"),
+    ],
+)
+def test_a_strategy_that_passes_nowhere_is_a_miss(
+    rows: dict[str, tuple[str, str | None]], verdict: str
+) -> None:
+    contents = _contents(expected=103, high=110, process=100)
+    contents["correctness"]["rows"] = {
+        key: {"status": status, "reason": reason, "stack": key.split()[1]}
+        for key, (status, reason) in rows.items()
+    }
+    made = summary.record(contents, RAN, seconds=1.0, device="cuda", scale="full")
+    assert made["verdict"] == verdict, made["verdict_reason"]
+
+
+def _seventy_b(*, kept: float, peak: float, speed: float) -> dict[str, Any]:
+    row = _memory_row(process=int(peak * GIB), size="70B")
+    row |= {"plan_key": "1B 1x2048 none", "kept_bytes": int(kept * GIB), "loading": {}}
+    row["tokens_per_second"] = speed
+    peer = {
+        "status": "ok",
+        "tokens_per_second": 100.0,
+        "allocator_phases": {"train": 50 * GIB},
+        "driver": {"process_peak_bytes": 52 * GIB},
+    }
+    rows = {"ladder nf4": row, "QLoRA": peer}
+    contents = _contents(expected=103, high=110, process=100)
+    plan = contents["plans"]["rows"]["1B 1x2048 none"]
+    plan["device_bytes"] = {
+        name: int(factor * peak * GIB)
+        for name, factor in (("low", 1.0), ("expected", 1.01), ("high", 1.1))
+    }
+    return {**contents, "memory": {}, "seventy_b": {"device": "NVIDIA H200", "rows": rows}}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "verdict"),
+    [
+        ((37.0, 41.0, 260.0), "met"),
+        ((41.0, 45.0, 260.0), "missed"),
+        ((37.0, 49.0, 260.0), "missed"),
+        ((37.0, 41.0, 240.0), "missed"),
+    ],
+)
+def test_the_bounds_of_the_70b_part(numbers: tuple[float, ...], verdict: str) -> None:
+    kept, peak, speed = numbers
+    contents = _seventy_b(kept=kept, peak=peak, speed=speed)
+    made = summary.record(contents, RAN, seconds=1.0, device="cuda", scale="full")
+    assert made["verdict"] == verdict, made["verdict_reason"]
+    assert f"{speed / 100:.2f}" in summary.text(made)
 
 
 def test_cases_that_did_not_run_are_named() -> None:
     rows = {"8B 1x2048 none": {"status": "out of memory", "reason": "Tried to allocate 2 GiB"}}
     made = summary.record(
         {"memory": {"device": "NVIDIA H200", "rows": rows}},
-        PARTS,
+        RAN,
         seconds=1.0,
         device="cuda",
         scale="full",
@@ -430,7 +592,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("device")
 def test_what_a_device_holds_beside_tensors(tmp_path: Path) -> None:
     setting = _MadeUp(device=torch.device("cpu"), scale="tiny", output=tmp_path)
-    driver = constants._Driver(setting)
+    driver = constants.Driver(setting)
     kept = [torch.zeros(1)]
     row = constants._row(setting, driver, kept)
     assert row["workspace_bytes"] == 1536 - 512
@@ -462,7 +624,7 @@ def test_a_process_that_is_not_listed_has_the_devices_growth(
         ),
     )
     setting = _MadeUp(device=torch.device("cpu"), scale="tiny", output=tmp_path)
-    found = constants._Driver(setting).read()
+    found = constants.Driver(setting).read()
     assert (found["own_bytes"], found["own_is"]) == (600, "device growth")
 
 

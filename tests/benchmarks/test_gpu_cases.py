@@ -1,0 +1,77 @@
+"""The GPU suite's cases at full scale, without a GPU: none is refused, every strategy bites."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu.common import Setting, stack_of
+from benchmarks.gpu.correctness import HIDDEN, Case, cases, refusal
+from memrt import registry, testing
+from memrt.profiling.ledger import Ledger
+from memrt.runner import start, train_step
+from memrt.structure import RunSettings
+from memrt.testing import PARTNERS, tiny_batches, tiny_model
+
+FULL = Setting(device=torch.device("cpu"), scale="full", output=Path("unused"))
+CASES = cases(FULL)
+
+REFUSED = {"plain fused_loss"}
+"""A plain module has no language-model head."""
+
+
+def test_every_strategy_and_every_stack_is_there_on_every_family() -> None:
+    for family in testing.FAMILIES:
+        stacks = [stack for found, stack in CASES.values() if found == family]
+        assert {"none", *registry.names()} <= {*stacks}
+        assert len(stacks) == 1 + len(registry.names()) + len(testing.STACKS)
+
+
+def test_no_case_is_refused_but_those_that_cannot_run() -> None:
+    assert {key for key, case in CASES.items() if refusal(*case) is not None} == REFUSED
+
+
+@pytest.mark.parametrize("family", testing.FAMILIES)
+def test_what_is_not_refused_begins(family: str) -> None:
+    """With the settings that cases train with, and partners."""
+    for key, (of, stack) in CASES.items():
+        if of == family and key not in REFUSED:
+            names = testing.specs(stack_of(stack))
+            run = Case(family=family, specs=tuple(names), device=FULL.device).begin()
+            assert {type(a.settings).name for a in run.session.attachments} >= {
+                name for name in stack_of(stack) if "(" not in name
+            }, key
+            run.session.detach()
+
+
+def _accounts(names: list[str]) -> dict[str, int]:
+    """Each account's maximum over two steps of a Llama as narrow as the suite's."""
+    torch.manual_seed(0)
+    model = tiny_model("llama", hidden=HIDDEN)
+    ledger = Ledger()
+    strategies = registry.parse_all(testing.specs(names))
+    with ledger:
+        run = start(model, strategies, settings=RunSettings(), ledger=ledger)
+        for step in range(2):
+            train_step(run, tiny_batches("llama", seed=step, length=32))
+    ledger.close()
+    return dict(ledger.timeline.account_maxima())
+
+
+def test_every_strategy_bites_where_the_suite_tries_it() -> None:
+    """A weight is really projected, state and weights really packed: the accounts are lower."""
+    known: dict[tuple[str, ...], dict[str, int]] = {}
+    idle = []
+    for name in registry.names():
+        partners = tuple(PARTNERS.get(name, []))
+        if partners not in known:
+            known[partners] = _accounts([*partners])
+        plain, lowered = known[partners], _accounts([name])
+        accounts = [account.value for account in registry.parse(testing.SPECS[name]).lowers]
+        assert accounts, name
+        if name == "fused_loss":  # logits are part of the peak at the head, not of the maximum
+            accounts.remove("workspace")
+        idle += [f"{name}: {a}" for a in accounts if not lowered[a] < plain[a]]
+    assert not idle
