@@ -1,4 +1,4 @@
-"""PEFT's adapters in a model: put in, found, folded into the weights, taken out, saved and loaded.
+"""PEFT's adapters in a model: put in, found, taken out, saved and loaded.
 
 The adapters go into the model itself, as transformers' `add_adapter` does it, so that the model
 stays the object that it was. `save_pretrained` of a transformers model then writes PEFT's layout.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from memrt.adapter_methods import reads_base_weights
-from memrt.packed_weights import is_conv1d, is_packed, unpack
+from memrt.adapter_reach import adapter_layers, refuse_passed_by
 from memrt.profiling.fake import is_fake
 from memrt.structure import discover
 
@@ -30,8 +30,6 @@ __all__ = [
     "adapter_layers",
     "changed_values",
     "check_targets",
-    "fold_adapters",
-    "fold_layer",
     "has_adapter_files",
     "inject",
     "load_adapters",
@@ -39,8 +37,8 @@ __all__ = [
     "read_adapters",
     "reads_base_weights",
     "remove_adapters",
+    "saved_modules",
     "task_heads",
-    "trained_copies",
 ]
 
 ADAPTER_NAME = "default"
@@ -89,11 +87,11 @@ def changed_values(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "peft_type": kind}
 
 
-def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """The layers of a model that carry adapters, by name."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def saved_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """The modules that PEFT trains whole beside the adapters (`modules_to_save`), by name."""
+    from peft.utils import ModulesToSaveWrapper
 
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
 
 
 def task_heads(model: nn.Module) -> list[str]:
@@ -204,7 +202,7 @@ def _unblank(blanks: list[_Blank]) -> None:
 @torch.no_grad()
 def _make_fake_copies(model: nn.Module) -> None:
     """Give copies of modules, made on meta, fake tensors like those of the modules."""
-    for _, module in _saved_modules(model):
+    for _, module in saved_modules(model):
         copied = module.modules_to_save[ADAPTER_NAME]
         for own, part in zip(module.original_module.modules(), copied.modules(), strict=True):
             for kind in ("_parameters", "_buffers"):
@@ -259,9 +257,12 @@ def check_targets(config: Any, model: nn.Module) -> None:
         memo[id(tensor)] = _of_kind(tensor, blank)
     copied = copy.deepcopy(model, memo)
     own = {id(tensor) for tensor in copied.state_dict(keep_vars=True).values()}
+    named = getattr(config, "target_modules", None) != "all-linear"  # PEFT puts names there
     with torch.random.fork_rng(devices=[]):  # PEFT draws adapters of embeddings all the same
         inject(config, copied, on_meta=True)
     _refuse_shared(config, copied, own)
+    if named:
+        refuse_passed_by(copied)
 
 
 def _refuse_shared(config: Any, model: nn.Module, own: set[int]) -> None:
@@ -275,61 +276,6 @@ def _refuse_shared(config: Any, model: nn.Module, own: set[int]) -> None:
                 ", which transformers cannot save; train peft.get_peft_model(model, config) "
                 "without this strategy, or use method='lora'"
             )
-
-
-@torch.no_grad()
-def fold_adapters(model: nn.Module) -> None:
-    """Add what the adapters learned to the layers' own weights; packed ones become dense.
-
-    A layer is folded in float32, so that W + ΔW is rounded once to the weights' dtype.
-    """
-    for name, layer in adapter_layers(model):
-        base = layer.get_base_layer()
-        if is_packed(base):
-            unpack(base)
-            base.weight.requires_grad_(True)
-            if is_conv1d(base):
-                layer.fan_in_fan_out = True  # PEFT saw a linear layer, whose weight is [out, in]
-        dtypes = {part: p.dtype for part, p in base.named_parameters(recurse=False)}
-        for part, dtype in dtypes.items():
-            base._parameters[part].data = base._parameters[part].to(_wide(dtype))
-        fold_layer(name, layer)
-        for part, dtype in dtypes.items():
-            base._parameters[part].data = base._parameters[part].to(dtype)
-    copies = trained_copies(model)
-    for name, module in _saved_modules(model):
-        own = {part: copies[f"{name}.{part}"] for part in module.original_module.state_dict()}
-        module.original_module.load_state_dict(own)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def fold_layer(name: str, layer: Any) -> None:
-    """Add what one layer's adapters learned to its dense weights, in the weights' dtype."""
-    try:
-        layer.merge(safe_merge=True)
-    except (NotImplementedError, AttributeError) as error:
-        raise ValueError(
-            f"{name}: {type(layer).__name__} cannot be folded into the weights ({error}); keep "
-            "the checkpoint, whose adapters peft.PeftModel.from_pretrained loads"
-        ) from error
-
-
-def trained_copies(model: nn.Module) -> dict[str, Tensor]:
-    """Tensors of the modules that PEFT trained whole (`modules_to_save`), by the model's names."""
-    return {
-        f"{name}.{part}": tensor
-        for name, module in _saved_modules(model)
-        for part, tensor in module.modules_to_save[ADAPTER_NAME].state_dict().items()
-    }
-
-
-def _saved_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    from peft.utils import ModulesToSaveWrapper
-
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
 
 
 def remove_adapters(model: nn.Module, before: Injection) -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from memrt.adapter_folding import fold_adapters
 from memrt.adapters import (
     adapter_layers,
-    fold_adapters,
     has_adapter_files,
     inject,
     load_adapters,

@@ -27,6 +27,7 @@ from memrt.packed_weights import (
 )
 from memrt.profiling.accounts import Account
 from memrt.strategy import Attachment, Claim, Loading, Phase, Slot, Strategy
+from memrt.weight_readers import reader_of, take_long_way
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +84,13 @@ class PackedStrategy(Strategy):
             if not any(part in name.split(".") for name, _ in facts.model.named_modules()):
                 raise ValueError(f"keep={list(self.keep)!r}: {kind} has no module named {part!r}")
         if self.head and not self._head_can_be_packed(facts):
+            head = facts.structure.head
+            reader = None if head is None else reader_of(facts.model, head)
+            if reader is not None:
+                raise ValueError(
+                    f"head=True: {type(reader).__name__} reads {head}.weight itself, which must "
+                    "stay as it is for that; leave head out"
+                )
             raise ValueError(
                 f"head=True: {kind} has no linear head with a weight of its own; leave head out"
             )
@@ -152,8 +160,8 @@ def _warn_of_the_rest(settings: PackedStrategy, facts: Facts) -> None:
     total = dense + sum(rows * columns for rows, columns in packed)
     if sum(rest.values()) > total:
         logger.warning(
-            "%s: %d of the layers' %d weights are not in linear layers (such as %s) and stay as "
-            "they are",
+            "%s: %d of the layers' %d weights are not in linear layers that can be packed (such "
+            "as %s) and stay as they are",
             settings.name,
             sum(rest.values()),
             total + sum(rest.values()),
@@ -200,6 +208,7 @@ class _Packed(Attachment):
                 module = run.model.get_submodule(name)
                 run.recast(name, pack(settings.packed_format, module))
                 self._here.append(module)
+            take_long_way(run, settings._packed(run.facts))
         except BaseException:
             self.detach()
             raise

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from memrt.kernels.frozen_linear import frozen_linear
 from memrt.structure import is_plain_linear
 from memrt.surgery import subclass_of
+from memrt.weight_readers import reader_of
 
 if TYPE_CHECKING:
     from memrt.structure import Facts
@@ -174,8 +175,8 @@ def packable_weights(
 ) -> dict[str, nn.Parameter]:
     """Weights that can be packed, by their layers' names: of the repeated layers, and the head.
 
-    Not those with a forward of their own, tied ones, nor what a family keeps in fp32, since it
-    looks at that weight's dtype (T5's `wo`).
+    Not those with a forward of their own, tied ones, nor what a family keeps in fp32 or reads
+    itself: the dtype of the weight (T5's `wo`), or the weight (Mamba's `dt_proj`).
     """
     model, structure = facts.model, facts.structure
     kept = (*keep, *(getattr(model, "_keep_in_fp32_modules", None) or ()))
@@ -190,7 +191,7 @@ def packable_weights(
             and weight.is_floating_point()
             and f"{name}.weight" not in structure.tied
             and not any(part in kept for part in name.split("."))
-            and not isinstance(_parent(model, name), nn.MultiheadAttention)
+            and reader_of(model, name) is None
         ):
             found[name] = weight
     return found
@@ -198,7 +199,3 @@ def packable_weights(
 
 def _is_plain_linear(module: nn.Module) -> bool:
     return is_plain_linear(module) or (is_conv1d(module) and "forward" not in vars(module))
-
-
-def _parent(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])

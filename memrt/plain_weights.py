@@ -20,14 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from memrt.adapters import (
-    adapter_layers,
-    fold_layer,
-    inject,
-    load_adapters,
-    read_adapters,
-    trained_copies,
-)
+from memrt.adapter_folding import fold_layer, trained_copies
+from memrt.adapters import adapter_layers, inject, load_adapters, read_adapters
 from memrt.base_record import lasting_names, require_base_tensors
 from memrt.checkpoint_weights import cast_plan
 from memrt.packed_weights import is_conv1d

@@ -16,7 +16,6 @@ in which PEFT's own wrapper takes part (AdaLoRA, see `memrt.adapter_methods`), n
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections.abc import Mapping
@@ -24,12 +23,13 @@ from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from memrt.adapter_folding import fold_adapters
 from memrt.adapter_methods import needs_wrapper
+from memrt.adapter_reach import warn_of_the_rest
 from memrt.adapters import (
     adapter_layers,
     changed_values,
     check_targets,
-    fold_adapters,
     inject,
     plain,
     reads_base_weights,
@@ -44,7 +44,7 @@ from memrt.packed_weights import packed_layers
 from memrt.profiling.accounts import Account
 from memrt.registry import register
 from memrt.strategy import EVERYTHING, Attachment, Claim, Phase, Rule, Slot, Strategy
-from memrt.structure import is_plain_linear
+from memrt.weight_readers import take_long_way
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,8 +56,6 @@ if TYPE_CHECKING:
     from memrt.structure import Facts
 
 __all__ = ["Peft"]
-
-logger = logging.getLogger(__name__)
 
 # PEFT's names of one thing differ by method
 _OPTION_NAMES = {
@@ -345,33 +343,16 @@ def _require_alpha(name: str, value: Any) -> None:
         )
 
 
-def _warn_of_the_rest(run: Session) -> None:
-    """PEFT names layers by the ends of their names, and takes some for a mixture's experts."""
-    adapted = tuple(f"{name}." for name, _ in adapter_layers(run.model))
-    own = run.facts.structure.head, *task_heads(run.model)
-    left = [
-        name
-        for name, module in run.model.named_modules()
-        if is_plain_linear(module)
-        and not f"{name}.".startswith(adapted)
-        and not any(f"{name}.".startswith(f"{head}.") for head in own)
-    ]
-    if left:
-        logger.warning(
-            "peft: PEFT put no adapters on %d linear layers (such as %s), which stay as they are",
-            len(left),
-            left[0],
-        )
-
-
 class _Adapters(Attachment):
     settings: Peft
 
     def __init__(self, settings: Peft, run: Session) -> None:
         super().__init__(settings, run)
         self._undo = inject(settings.build_for(run.model), run.model)
+        take_long_way(run, [name for name, _ in adapter_layers(run.model)])
         if settings.config is None and settings.targets == "all-linear":
-            _warn_of_the_rest(run)
+            own = run.facts.structure.head, *task_heads(run.model)
+            warn_of_the_rest(run.model, apart=[name for name in own if name is not None])
 
     def rules(self) -> list[Rule]:
         """fp32 moments where a head of bf16 or fp16 trains beside the adapters."""

@@ -22,7 +22,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("memrt.optimizers",),
     (  # the protocol, and what strategies and sessions are made of
         "memrt.active_set",
+        "memrt.adapter_folding",
         "memrt.adapter_methods",
+        "memrt.adapter_reach",
         "memrt.adapters",
         "memrt.base_record",
         "memrt.compose",
@@ -48,6 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "memrt.surgery",
         "memrt.update_time",
         "memrt.values",
+        "memrt.weight_readers",
     ),
     ("memrt.strategies",),
     ("memrt.session",),
