@@ -26,7 +26,7 @@ from memrt.auto_search import (
     Candidate,
     Search,
 )
-from memrt.candidates import WHY, rungs
+from memrt.candidates import WHY, Rung, rungs
 from memrt.gpus import Gpu
 from memrt.planning import Plan, Shape, facts_of, plan
 from memrt.profiling.report import format_bytes
@@ -148,16 +148,20 @@ def choose(
         facts=facts_of(model, dtype=dtype, settings=told, task=task),
         budget=card,
     )
-    for rung in rungs(
-        hidden_size=hidden_size_of(model),
-        max_grad_norm=max_grad_norm,
-        accumulation_steps=num_batches,
-    ):
+    for rung in _rungs(model, told):
         if full_parameters and not rung.trains_all:
             search.leave_out(rung, FULL)
         elif search.climb(rung):
             break
     return _outcome(search, shapes_are_free=window is None)
+
+
+def _rungs(model: Any, settings: RunSettings) -> list[Rung]:
+    return rungs(
+        hidden_size=hidden_size_of(model),
+        max_grad_norm=settings.max_grad_norm,
+        accumulation_steps=settings.accumulation_steps,
+    )
 
 
 def _outcome(search: Search, *, shapes_are_free: bool) -> Choice:

@@ -87,10 +87,7 @@ def prepare(
     try:
         if stochastic_rounding is not None:
             refuse_unused_rounding(run, stochastic_rounding)
-        if optimizer is not None:
-            _refuse_rules(run, optimizer)
-            refuse_untrained(run, optimizer, before=before, remedy=_REMEDY)
-        run.adopt_optimizer(_adamw(run, decay) if optimizer is None else optimizer)
+        run.adopt_optimizer(_optimizer(run, optimizer, decay, before))
     except BaseException:
         run.detach()
         raise
@@ -136,19 +133,23 @@ def _check_objects(stochastic_rounding: Any, optimizer: Any, probe_batches: Any)
         )
 
 
-def _adamw(run: Session, weight_decay: float) -> torch.optim.Optimizer:
-    named = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
-    return run.build_optimizer([{"params": named, "weight_decay": weight_decay}])
-
-
-def _refuse_rules(run: Session, given: torch.optim.Optimizer) -> None:
-    """Strategies that bring parts of the optimizer beside one of the user's."""
+def _optimizer(
+    run: Session,
+    given: torch.optim.Optimizer | None,
+    weight_decay: float,
+    before: Collection[nn.Parameter],
+) -> torch.optim.Optimizer:
+    if given is None:
+        named = [(name, p) for name, p in run.model.named_parameters() if p.requires_grad]
+        return run.build_optimizer([{"params": named, "weight_decay": weight_decay}])
     if run.rules():
         raise ValueError(
             f"optimizer={type(given).__name__} cannot be combined with "
             f"{', '.join(a.name for a in run.attachments if a.rules())}, which bring parts of the "
             "optimizer; leave optimizer out and pass lr, betas, eps, weight_decay"
         )
+    refuse_untrained(run, given, before=before, remedy=_REMEDY)
+    return given
 
 
 def refuse_untrained(
