@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import memrt
 from memrt.errors import ConflictError
 from memrt.ladder.attach import CHILD
+from memrt.packed_weights import packed_layers, unpack
 from memrt.planning import plan
 from memrt.profiling.accounts import Account
 from memrt.runner import model_loss
@@ -107,6 +108,40 @@ def test_trains_beside_a_backbone_that_was_loaded_in_four_bits() -> None:
     assert_equal({n: t for n, t in model.state_dict().items() if CHILD not in n}, before)
 
 
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+
+
+def test_taps_of_a_four_bit_base_are_those_of_its_rounded_weights() -> None:
+    """So they differ from the whole model's by the rounding of its weights, and by nothing else."""
+    from memrt.testing import tiny_config
+
+    def hidden_states(model: nn.Module) -> list[Tensor]:
+        found: list[Tensor] = []
+        session = memrt.prepare(model.eval(), ["ladder(reduction=4)"])
+        hooks = [
+            block.register_forward_hook(lambda _m, _i, out: found.append(out.detach().clone()))
+            for block in session.facts.structure.stacks[0].layers
+        ]
+        logits(model, batch_of("llama"))
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    config = tiny_config("llama", hidden=64)
+    packed = memrt.load(config, ["nf4"], seed=0)
+    rounded = memrt.load(config, ["nf4"], seed=0)
+    for _, layer in packed_layers(rounded):
+        unpack(layer)
+    whole = memrt.load(config, seed=0)
+    weights = [dict(model.named_parameters())[WEIGHT] for model in (rounded, whole)]
+    rounding = float((weights[0] - weights[1]).norm() / weights[1].norm())
+    of_packed, of_rounded, of_whole = map(hidden_states, (packed, rounded, whole))
+    for one, same, other in zip(of_packed, of_rounded, of_whole, strict=True):
+        torch.testing.assert_close(one, same, rtol=1e-5, atol=1e-6)
+        error = float((one - other).norm() / other.norm())
+        assert rounding / 10 < error < 3 * rounding  # some ten products one after another
+
+
 def test_a_user_s_own_gradients_at_the_input_do_not_open_the_backbone() -> None:
     model = model_of("llama")
     ladder(model)
@@ -140,20 +175,33 @@ TAPPED = {"linear": 5, "low_rank": 5, "pooled": 0}
 """Backbone states that are kept beside a model of four blocks: the embeddings' and the blocks'."""
 
 
+WIDTHS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("model", {"intermediate_size": 160}),
+    "bert": ("bert", {"intermediate_size": 160}),
+    "t5": ("", {"d_ff": 160}),
+}
+"""The body, and widths that are told apart: hidden 64, MLP 160, side 16 and 40, 24 tokens."""
+
+
+@pytest.mark.parametrize("family", WIDTHS)
 @pytest.mark.parametrize("taps", TAPPED)
-def test_nothing_of_the_backbone_is_kept_but_the_taps(taps: str) -> None:
-    """Widths are told apart: hidden 64, MLP 160, vocabulary 99, side 16 and 40, 24 tokens."""
-    model = model_of("llama", hidden=64, intermediate_size=160)
+def test_nothing_of_the_backbone_is_kept_but_the_taps(taps: str, family: str) -> None:
+    """Of a decoder, an encoder, and both stacks of an encoder-decoder."""
+    body, widths = WIDTHS[family]
+    model = model_of(family, hidden=64, **widths)
     session = ladder(model, reduction=4, taps=taps)
-    batch = batch_of("llama", length=24)
+    batch = batch_of(family, length=24)
+    labels = {} if body else {"labels": batch["labels"]}
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with saved(model) as kept, session.micro_batch():
-        hidden = model.model(batch["input_ids"], attention_mask=batch["attention_mask"])[0]
-    states = [t for t in kept if t.untyped_storage().nbytes() == hidden.numel() * 4]
-    assert len(states) == TAPPED[taps]
-    sizes = {size for tensor in kept for size in tensor.shape}
-    assert not sizes & {160, 99}
-    wide = [t for t in kept if t.untyped_storage().nbytes() > hidden.numel() * 4]
-    assert not wide, "an attention matrix or a batch of logits"
+        result = model.get_submodule(body)(**given, **labels)
+    num_bytes = [tensor.untyped_storage().nbytes() for tensor in kept]
+    state, attention = 4 * 2 * 24 * 64, 4 * 2 * 4 * 24 * 24  # batch, heads, tokens, tokens
+    assert num_bytes.count(state) == TAPPED[taps] * len(session.facts.structure.stacks)
+    assert attention not in num_bytes
+    assert 160 not in {size for tensor in kept for size in tensor.shape}
+    logits_bytes = result["logits"].untyped_storage().nbytes() if labels else 0
+    assert max(n for n in num_bytes if n != logits_bytes) <= max(state, 4 * 2 * 24 * 40)
 
 
 def activation_bytes(family: str, strategies: list[str], **overrides: Any) -> int:
@@ -172,6 +220,23 @@ def test_the_ledger_shows_each_tap_s_bytes() -> None:
     )
     assert linear - pooled == states * tokens * 64 * 4
     assert float8 - pooled == states * tokens * (64 + 4)
+
+
+def test_a_layer_keeps_what_the_paper_s_formula_says() -> None:
+    """U = batch x tokens x hidden elements: a whole block keeps c, a rung 1 tap + (c + 2) / r."""
+    shape: dict[str, Any] = {"hidden": 256, "intermediate_size": 688}
+    unit, reduction = 4 * 2 * 64 * 256, 4
+
+    def kept_by_a_layer(strategies: list[str]) -> float:
+        few, many = (
+            activation_bytes("llama", [*strategies, "fused_loss"], layers=n, **shape)
+            for n in (3, 7)
+        )
+        return (many - few) / 4 / unit
+
+    whole = kept_by_a_layer([])
+    found = kept_by_a_layer([f"ladder(reduction={reduction}, taps='linear')"])
+    assert found == pytest.approx(1 + (whole + 2) / reduction, rel=0.05)
 
 
 def test_a_checkpointed_side_keeps_less_and_computes_the_same() -> None:
@@ -280,22 +345,43 @@ def test_rungs_hang_where_they_are_asked(options: dict[str, Any], rungs: list[in
     assert losses[-1] < losses[0]
 
 
-def test_parameter_counts_are_the_published_ones_of_lst() -> None:
-    """T5-base beside nine layers: 1.74 % of the model, with LST's own table of position biases."""
+@pytest.mark.parametrize(
+    ("width", "layers", "heads", "mlp", "head_width", "kept", "share"),
+    [
+        (768, 12, 12, 3072, 64, (1, 2, 3, 5, 6, 7, 9, 10, 11), 1.74),  # T5-base, as published
+        (1024, 24, 16, 4096, 64, tuple(range(1, 24, 2)), 1.23),  # T5-large
+        (1024, 24, 32, 16384, 128, (23,), 0.087),  # T5-3B
+    ],
+)
+def test_parameter_counts_are_those_of_lst(
+    width: int,
+    layers: int,
+    heads: int,
+    mlp: int,
+    head_width: int,
+    kept: tuple[int, ...],
+    share: float,
+) -> None:
+    """Percent of the model, with LST's own tables of position biases beside."""
     transformers = pytest.importorskip("transformers")
     from memrt.profiling.fake import fake_tensors
 
     config = transformers.T5Config(
-        d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12
+        d_model=width,
+        d_kv=head_width,
+        d_ff=mlp,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        num_heads=heads,
     )
-    kept = (1, 2, 3, 5, 6, 7, 9, 10, 11)
     with fake_tensors():
         model = transformers.T5ForConditionalGeneration(config)
         ladder(model, reduction=8, layers=kept, start="lst", init="random")
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tables = 2 * 32 * 12  # here the backbone's own biases of the kept heads serve
+    tables = 2 * 32 * heads  # here the backbone's own biases of the kept heads serve
     backbone = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    assert round(100 * (count + tables) / backbone, 2) == 1.74
+    digits = 3 if share < 1 else 2
+    assert round(100 * (count + tables) / backbone, digits) == share
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
