@@ -133,7 +133,7 @@ def test_taps_of_a_four_bit_base_are_those_of_its_rounded_weights() -> None:
     for _, layer in packed_layers(rounded):
         unpack(layer)
     whole = memrt.load(config, seed=0)
-    weights = [dict(model.named_parameters())[WEIGHT] for model in (rounded, whole)]
+    weights = [dict(model.named_parameters())[WEIGHT].detach() for model in (rounded, whole)]
     rounding = float((weights[0] - weights[1]).norm() / weights[1].norm())
     of_packed, of_rounded, of_whole = map(hidden_states, (packed, rounded, whole))
     for one, same, other in zip(of_packed, of_rounded, of_whole, strict=True):
