@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from memrt.adapter_folding import fold_layer, trained_copies
+from memrt.adapter_folding import fold_layer, tied_weight, trained_copies
 from memrt.adapters import adapter_layers, inject, load_adapters, read_adapters
 from memrt.base_record import lasting_names, require_base_tensors
 from memrt.checkpoint_weights import cast_plan
@@ -223,10 +223,7 @@ class PlainWeights:
             group = {name, ties.get(name), *(a for a, leader in ties.items() if leader == name)}
             others = sorted(each for each in group - {name} if each is not None)
             if others:
-                raise ValueError(
-                    f"{name} was adapted and is tied to {others[0]}, which was not: folding would "
-                    "change both; keep the adapter, or train one that leaves tied weights alone"
-                )
+                raise tied_weight(name, others[0])
         for name in [*(assignment.converted.keys() & formats.keys()), *self._apart(changed, base)]:
             scattered = self.adapters is not None and name in assignment.provided
             kind = ScatteredWeightError if scattered else ValueError

@@ -213,3 +213,28 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(CheckpointWriteError, match="No space left"):
         export_run(trainer, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+@pytest.mark.parametrize(
+    ("adapters", "name"),
+    [
+        ("peft(rank=2, targets=['q_proj', 'lm_head'])", "lm_head"),
+        ("peft(rank=2, targets=['embed_tokens', 'lm_head'])", "model.embed_tokens"),  # each apart
+        ("peft(rank=2, options={'modules_to_save': ['lm_head']})", "lm_head"),
+        ("peft(rank=2, options={'modules_to_save': ['embed_tokens']})", "model.embed_tokens"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|tied):UserWarning")
+def test_adapters_at_one_end_of_a_tied_weight_are_not_folded(adapters: str, name: str) -> None:
+    """The other end would change with it, and what was trained would not be what is written."""
+    model: Any = model_of("llama", tie_word_embeddings=True)
+    session = memrt.prepare(model, [adapters], lr=1e-2)
+    batch = tiny_batches("llama")[0]
+    session.train_micro_batch(lambda: model(**batch).loss)
+    session.step()
+    before = logits(model)
+    with pytest.raises(ValueError, match=rf"^{name}\.weight was adapted apart from .*is tied to"):
+        strip(session)
+    assert torch.equal(logits(model), before)  # nothing was folded
+    session.detach()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
