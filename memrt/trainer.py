@@ -28,6 +28,7 @@ from memrt.evaluation import EvaluationMixin
 from memrt.gpus import check_budget
 from memrt.memory_report import MemoryReport, ReportMixin
 from memrt.optimizer_slots import needs_memrt
+from memrt.own_groups import groups_of
 from memrt.plain_loop import refuse_untrained, refuse_unused_rounding
 from memrt.session import Session
 from memrt.structure import RunSettings
@@ -224,22 +225,13 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
             self._end_report()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """The strategies' optimizer over transformers' decay groups, or transformers' own."""
+        """The Trainer's own, or the strategies' over the groups of that one."""
         session = self.session
-        if session is not None and self.optimizer is None and session.rules():
-            whole = self.model if model is None else model
-            decayed = set(self.get_decay_parameter_names(whole))
-            named = [(name, p) for name, p in whole.named_parameters() if p.requires_grad]
-            self.optimizer = self._built = session.build_optimizer(
-                [
-                    {
-                        "params": [(name, p) for name, p in named if (name in decayed) is decays],
-                        "weight_decay": self.args.weight_decay if decays else 0.0,
-                    }
-                    for decays in (True, False)
-                ]
-            )
+        composes = session is not None and self.optimizer is None and bool(session.rules())
         optimizer = super().create_optimizer(*([] if model is None else [model]))
+        if session is not None and composes and type(self.optimizer) is torch.optim.AdamW:
+            groups = groups_of(self.optimizer, session, self.model if model is None else model)
+            optimizer = self.optimizer = self._built = session.build_optimizer(groups)
         if session is not None:
             self._adopt(session)
         return optimizer

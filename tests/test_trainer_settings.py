@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,9 +16,11 @@ from memrt.structure import RunSettings
 from tests.contract import SPECS
 from tests.trainer_runs import (
     CHECKPOINTING,
+    assert_equal,
     model_of,
     run,
     trainer_of,
+    weights,
 )
 from tests.trainer_stubs import Bring
 
@@ -151,6 +153,66 @@ def test_decay_groups_are_those_of_transformers(tmp_path: Path) -> None:
         return [(g["weight_decay"], len(g["params"])) for g in trainer.optimizer.param_groups]
 
     assert groups({"strategies": [Bring()]}) == groups({})
+
+
+class Layered(transformers.Trainer):  # type: ignore[misc]
+    """Makes its AdamW as transformers does, with a rate of its own for the head."""
+
+    options: ClassVar[dict[str, Any]] = {}
+    leaves_out = "nothing"
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        if self.optimizer is None:
+            named = [(n, p) for n, p in self.model.named_parameters() if self.leaves_out not in n]
+            head = [p for n, p in named if "head" in n]
+            rest = [p for n, p in named if "head" not in n]
+            groups = [{"params": rest, "weight_decay": 0.2}, {"params": head, "lr": 0.1}]
+            settings = {"lr": self.args.learning_rate, "weight_decay": 0.0, **self.options}
+            self.optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+        return self.optimizer
+
+
+@pytest.mark.parametrize("spec", [LISA, "int8_states", "galore(rank=4)", "lomo"])
+def test_the_groups_of_a_trainer_s_own_optimizer_are_taken_over(spec: str, tmp_path: Path) -> None:
+    cls = type("Mixed", (MemoryMixin, Layered), {})
+    trainer = trainer_of(tmp_path, cls=cls, options={"strategies": [spec]}, max_grad_norm=0.0)
+    assert trainer.create_optimizer() is trainer.optimizer is trainer.session.optimizer
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    settings = {
+        names[parameter]: (group["lr"], group["weight_decay"])
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    expected = {n: (0.1, 0.0) if "head" in n else (1e-3, 0.2) for n in names.values()}
+    assert settings == expected
+    assert type(trainer.optimizer) is not torch.optim.AdamW
+
+
+def test_they_train_as_the_trainer_itself_does(tmp_path: Path) -> None:
+    """fp32 weights have the bits of torch's fused AdamW, updated in backward too."""
+    plain = run(tmp_path / "plain", cls=Layered, max_grad_norm=0.0)
+    cls = type("Mixed", (MemoryMixin, Layered), {})
+    ours = run(
+        tmp_path / "ours", cls=cls, options={"strategies": ["in_backward"]}, max_grad_norm=0.0
+    )
+    assert_equal(weights(ours), weights(plain))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "spec", "message"),
+    [
+        ({"options": {"amsgrad": True}}, "int8_states", "amsgrad=True.*int8_states cannot take"),
+        ({"options": {"betas": (0.9, 0.9)}}, "lomo", r"betas=\(0.9, 0.9\), which is AdamW's"),
+        ({"leaves_out": "head"}, LISA, "leaves out lm_head.weight .* requires_grad_"),
+    ],
+)
+def test_groups_that_cannot_be_taken_over_are_refused(
+    attributes: dict[str, Any], spec: str, message: str, tmp_path: Path
+) -> None:
+    cls = type("Mixed", (MemoryMixin, Layered), attributes)
+    trainer = trainer_of(tmp_path, cls=cls, options={"strategies": [spec]}, max_grad_norm=0.0)
+    with pytest.raises(ConflictError, match=message):
+        trainer.train()
 
 
 def test_a_mixin_in_the_wrong_place_is_refused() -> None:
