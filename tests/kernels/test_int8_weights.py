@@ -67,3 +67,19 @@ def test_bad_input_is_refused() -> None:
         int8_quantize(torch.zeros(4), 0)
     with pytest.raises(ValueError, match=r"\[4, 4\] in int8 has 32"):
         int8_dequantize(torch.zeros(3, dtype=torch.uint8), [4, 4], 0, torch.float32)
+
+
+def test_codes_and_scales_are_those_of_bitsandbytes() -> None:
+    """LLM.int8()'s: it multiplies by 127 / max where a division stands here, so ties may differ."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    weight = torch.randn(67, 129).half()
+    codes, scales = int8_weights._parts(int8_quantize(weight, 0), weight.shape, 0)
+    theirs, largest, outliers = bitsandbytes.functional.int8_vectorwise_quant(weight)
+    assert outliers is None
+    assert torch.equal(scales.flatten(), largest / 127)
+    different = codes != theirs
+    assert different.float().mean() < 0.01
+    exact = weight.double() / (largest.double() / 127).unsqueeze(1)
+    off = (exact - exact.floor() - 0.5).abs()[different]
+    assert (off < 127 * 4 * torch.finfo(torch.float32).eps).all()
