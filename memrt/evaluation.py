@@ -7,18 +7,21 @@ each batch and nothing is kept:
 
     def accuracy(prediction, *, compute_result): ...     # add up, and at the end return the metrics
 
-Any other gets the logits of the whole set, which then lie in host memory: evaluation says how much
-that will be, and refuses more than there is. `preprocess_logits_for_metrics` makes less of them.
+Any other gets the logits of the whole set, which then lie in host memory, and so do those that
+`predict` returns: evaluation says how much that will be, and refuses more than there is.
+`preprocess_logits_for_metrics` makes less of them.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ class EvaluationMixin(_Trainer):  # type: ignore[misc]
     """How a Trainer evaluates and predicts."""
 
     session: Session | None = None
+    gather_function: Any
+    compute_metrics: Any
     _num_prediction_batches = 0
     """Of an evaluation that keeps its predictions and has not yet said how much that is."""
 
@@ -63,9 +68,15 @@ class EvaluationMixin(_Trainer):  # type: ignore[misc]
         """transformers' loop, with predictions on the host and metrics streamed that can be."""
         only = self.args.prediction_loss_only
         loss_only = only if prediction_loss_only is None else prediction_loss_only
-        with self._frugal_arguments(predicts=not loss_only):
-            keeps = not self.args.batch_eval_metrics and self.preprocess_logits_for_metrics is None
-            self._num_prediction_batches = _length(dataloader) if keeps and not loss_only else 0
+        with ExitStack() as stack:
+            stack.enter_context(self._frugal_arguments(predicts=not loss_only))
+            streams = self.args.batch_eval_metrics
+            # transformers asks by this word whether the logits are wanted beside their metric
+            keeps = not loss_only and (not streams or description == "Prediction")
+            if keeps and streams and self.args.device.type != "cpu":
+                stack.enter_context(self._kept_on_host())
+            whole = keeps and self.preprocess_logits_for_metrics is None
+            self._num_prediction_batches = _length(dataloader) if whole else 0
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, *args, **kwargs
             )
@@ -84,6 +95,28 @@ class EvaluationMixin(_Trainer):  # type: ignore[misc]
         finally:
             args.batch_eval_metrics, args.eval_accumulation_steps = kept
 
+    @contextmanager
+    def _kept_on_host(self) -> Iterator[None]:
+        """transformers moves nothing to the host where it also gives a metric each batch."""
+        gather, metric = self.gather_function, self.compute_metrics
+
+        def gather_to_host(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+            return _moved(gather(tensors, *args, **kwargs), torch.device("cpu"))
+
+        def metric_on_device(prediction: Any, **kwargs: Any) -> Any:
+            names = ("predictions", "label_ids", "inputs", "losses")
+            moved = {n: _moved(getattr(prediction, n), self.args.device) for n in names}
+            return metric(type(prediction)(**moved), **kwargs)
+
+        self.gather_function = gather_to_host
+        self.compute_metrics = None if metric is None else metric_on_device
+        try:
+            yield
+        finally:
+            self.compute_metrics = metric
+            if self.gather_function is gather_to_host:  # the loop sets its own at its end
+                self.gather_function = gather
+
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
@@ -94,7 +127,10 @@ class EvaluationMixin(_Trainer):  # type: ignore[misc]
                 model, inputs, prediction_loss_only, *args, **kwargs
             )
         if self._num_prediction_batches:
-            _check_host_memory(_num_bytes(logits) * self._num_prediction_batches)
+            _check_host_memory(
+                _num_host_bytes(logits) * self._num_prediction_batches,
+                joins=self.args.eval_do_concat_batches and self._num_prediction_batches > 1,
+            )
             self._num_prediction_batches = 0
         return loss, logits, labels
 
@@ -106,30 +142,45 @@ def _length(dataloader: Any) -> int:
         return 0
 
 
-def _num_bytes(value: Any) -> int:
+def _moved(value: Any, device: torch.device) -> Any:
+    """Tensors, however nested, on a device."""
     if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
+        return value.to(device)
+    kind: Any = type(value)
+    if isinstance(value, Mapping):
+        return kind({key: _moved(each, device) for key, each in value.items()})
+    if isinstance(value, (list, tuple)):
+        return kind(_moved(each, device) for each in value)
+    return value
+
+
+def _num_host_bytes(value: Any) -> int:
+    """Of tensors as numpy's arrays, which know no bf16: transformers makes fp32 of it."""
+    if isinstance(value, Tensor):
+        return value.numel() * (4 if value.dtype is torch.bfloat16 else value.itemsize)
+    if isinstance(value, Mapping):
         value = value.values()
-    return 0 if value is None else sum(map(_num_bytes, value))
+    return 0 if value is None else sum(map(_num_host_bytes, value))
 
 
-def _check_host_memory(num_bytes: int) -> None:
-    """Say what the predictions of a whole set will take; refuse what is not there."""
+def _check_host_memory(num_bytes: int, *, joins: bool) -> None:
+    """Say what the predictions of a whole set will take; refuse what is not there.
+
+    `joins`: transformers copies all that it has for every batch that comes to it.
+    """
     if num_bytes < _NOTED_BYTES:
         return
-    size = f"{num_bytes / 2**30:.1f} GiB"
+    takes = f"the predictions of this evaluation take {num_bytes / 2**30:.1f} GiB of host memory"
+    if joins:
+        takes += ", and as much again while batches are joined"
     remedy = (
         "give preprocess_logits_for_metrics, which makes less of each batch, or a metric that "
         "takes compute_result and is given one batch at a time"
     )
     available = _available_bytes()
-    if num_bytes > available:
-        raise ValueError(
-            f"the predictions of this evaluation take {size} of host memory and "
-            f"{available / 2**30:.1f} GiB are free; {remedy}"
-        )
-    logger.warning("the predictions of this evaluation take %s of host memory; %s", size, remedy)
+    if num_bytes * (2 if joins else 1) > available:
+        raise ValueError(f"{takes}: {available / 2**30:.1f} GiB are free; {remedy}")
+    logger.warning("%s; %s", takes, remedy)
 
 
 def _available_bytes() -> int:

@@ -15,7 +15,7 @@ import memrt
 from memrt import evaluation
 from memrt.evaluation import is_streamed
 from memrt.profiling.ledger import Ledger
-from tests.trainer_runs import assert_same, examples, trainer_of
+from tests.trainer_runs import assert_same, examples, model_of, trainer_of
 
 
 def evaluated(folder: Path, *, strategies: list[str], batch: int = 4, **options: Any) -> Any:
@@ -100,6 +100,71 @@ def test_a_streamed_metric_is_given_one_batch_at_a_time(tmp_path: Path) -> None:
     assert trainer.args.batch_eval_metrics is False
 
 
+def test_predictions_beside_a_streamed_metric_leave_a_device_and_must_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The metric has each batch on the device, and what `predict` returns waits on the host."""
+    rows = examples("llama", count=12)
+    streamed = StreamedAccuracy()
+    trainer = evaluated(tmp_path, strategies=[], compute_metrics=streamed)
+    expected = trainer.predict(rows)
+    assert streamed.sizes == [4, 4, 4]
+    moves: list[torch.device] = []
+
+    def moved(value: Any, device: torch.device) -> Any:
+        if isinstance(value, torch.Tensor):
+            moves.append(device)
+        return value
+
+    monkeypatch.setattr(evaluation, "_moved", moved)
+    trainer.predict(rows)
+    assert moves == []  # on a CPU they are on the host
+    device = torch.device("meta")
+    monkeypatch.setattr(transformers.TrainingArguments, "device", property(lambda _: device))
+    monkeypatch.setattr(trainer, "_prepare_inputs", lambda inputs: inputs)
+    trainer.model_accepts_loss_kwargs = False  # transformers would bring a count to the device
+    trainer.compute_metrics = streamed = StreamedAccuracy()
+    gather = trainer.gather_function
+    found = trainer.predict(rows)
+    # of each batch losses, logits and labels to the host, and logits and labels back for the metric
+    cpu = torch.device("cpu")
+    assert moves == 3 * [cpu, cpu, cpu, device, device]
+    assert streamed.sizes == [4, 4, 4]
+    assert_same(torch.as_tensor(found.predictions), torch.as_tensor(expected.predictions))
+    assert found.metrics["test_right"] == expected.metrics["test_right"]
+    assert trainer.compute_metrics is streamed
+
+    monkeypatch.setattr(evaluation, "_NOTED_BYTES", 1)
+    monkeypatch.setattr(evaluation, "_available_bytes", lambda: 2)
+    with pytest.raises(ValueError, match=r"take .* of host memory, .*: 0.0 GiB are free; give"):
+        trainer.predict(rows)
+    assert trainer.gather_function == gather
+    trainer.evaluate()  # keeps nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_host_memory_that_is_told_is_what_the_predictions_take(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, bool]] = []
+    monkeypatch.setattr(
+        evaluation, "_check_host_memory", lambda n, *, joins: told.append((n, joins))
+    )
+    trainer = trainer_of(tmp_path, model=model_of("llama").to(dtype), per_device_eval_batch_size=4)
+    rows = examples("llama", count=12)
+    found = trainer.predict(rows).predictions
+    trainer.args.eval_do_concat_batches = False
+    trainer.predict(rows)
+    assert told == [(found.nbytes, True), (found.nbytes, False)]
+
+
+def test_joining_needs_the_predictions_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "_available_bytes", lambda: 3 * 2**30)
+    evaluation._check_host_memory(2**31, joins=False)
+    with pytest.raises(ValueError, match=r"2.0 GiB of host memory, and as much again .*3.0 GiB"):
+        evaluation._check_host_memory(2**31, joins=True)
+
+
 def _with_default(prediction: Any, compute_result: bool = True) -> dict[str, float]:
     return {}
 
@@ -142,7 +207,7 @@ def test_predictions_that_do_not_fit_are_refused_after_one_batch(
     monkeypatch.setattr(
         type(trainer.model), "forward", lambda *a, **k: steps.append(1) or forward(*a, **k)
     )
-    with pytest.raises(ValueError, match=r"take .* of host memory and .* are free; give prepro"):
+    with pytest.raises(ValueError, match=r"take .* of host memory, .* are free; give prepro"):
         trainer.evaluate()
     assert len(steps) == 1
     trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
