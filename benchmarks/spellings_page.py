@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from memrt.spellings import IMPLIED, KEYS, OPTIMIZERS, PREFIXES, REFUSED_KEYS, Spelling
+from memrt.quantization import REFUSED_SETTINGS
+from memrt.spellings import (
+    IMPLIED,
+    KEYS,
+    OPTIMIZERS,
+    PREFIXES,
+    REFUSED_KEYS,
+    REFUSED_OPTIMIZERS,
+    Spelling,
+)
 
 __all__ = ["spellings_page"]
 
@@ -24,7 +33,8 @@ and `training.optim` of `memrt train` mean the strategies below. No other packag
 resumes to the bit, micro-batches accumulate, `max_grad_norm` clips and `grad_norm` is the true one.
 Where `max_grad_norm` is above 0 (transformers' default is 1.0), what is updated in backward takes a
 second backward pass for it (`clip='two_pass'`, [update-time.md](update-time.md)); with
-`max_grad_norm=0` it takes one. Every other `optim` stays transformers' own.
+`max_grad_norm=0` it takes one. Two names are refused (below the table); every other `optim` stays
+transformers' own.
 
 """
 
@@ -34,6 +44,18 @@ APOLLO and LOMO their weight decay (there each keeps its package's own). Weights
 is not above the rank train with AdamW. Of `optim_target_modules`, a list names parts of module
 names or regular expressions for whole names, a text is a regular expression, and `"all-linear"`
 takes the head too.
+
+"""
+
+_QUANTIZATION = """
+## `BitsAndBytesConfig`
+
+`memrt.load(model, quantization_config=BitsAndBytesConfig(...))` is `memrt.load(model, ["nf4"])`,
+with one warning, where it says what QLoRA does: `load_in_4bit=True`,
+`bnb_4bit_quant_type="nf4"`, `bnb_4bit_use_double_quant=True`, and `bnb_4bit_compute_dtype` the
+dtype in which the model is loaded. `nf4` packs the linear layers of the repeated layers, which for
+a language model are those that transformers packs; head and embeddings stay. Refused, beside other
+values of these and configs of other kinds:
 
 """
 
@@ -109,8 +131,17 @@ def spellings_page() -> str:
     refused = _table(
         ["key", "why, and what to do"], ([_code(key), why] for key, why in REFUSED_KEYS.items())
     )
+    not_optimizers = _table(
+        ["`optim`", "why, and what to do"],
+        ([_code(name), why] for name, why in REFUSED_OPTIMIZERS.items()),
+    )
+    settings = _table(
+        ["setting", "why, and what to do"],
+        ([_code(name), why] for name, why in REFUSED_SETTINGS.items()),
+    )
     prefixes = ", ".join(f"`{prefix}` of `{name}`" for name, prefix in PREFIXES.items())
     return (
-        f"{_INTRODUCTION}{optimizers}{_GALORE.rstrip()}\n{_KEYS}Prefixes: {prefixes}.\n\n{keys}"
+        f"{_INTRODUCTION}{optimizers}{_GALORE}{not_optimizers}"
+        f"{_QUANTIZATION}{settings}{_KEYS}Prefixes: {prefixes}.\n\n{keys}"
         f"{_REFUSED}{refused}"
     )

@@ -31,6 +31,7 @@ from memrt.checkpoint_weights import Checkpoint, refuse_unknown
 from memrt.initialization import Skeleton, initialize
 from memrt.model_source import auto_class, brings_code, resolve_config, weight_source
 from memrt.profiling.fake import is_fake
+from memrt.quantization import with_quantization
 from memrt.structure import Facts, RunSettings, discover
 from memrt.weight_files import WeightFiles
 from memrt.weight_slots import WeightSlots
@@ -58,6 +59,7 @@ def load(
     task: str | None = None,
     ledger: Ledger | None = None,
     config: Any = None,
+    quantization_config: Any = None,
     trust_remote_code: bool = False,
     progress: bool = False,
 ) -> nn.Module:
@@ -68,6 +70,7 @@ def load(
     for the config's, else the checkpoint's. `task`: one of `memrt.model_source.TASKS`, or None for
     what the config names. `seed`: for the weights that are drawn; None draws from the global
     generator. `config`: instead of the one beside the weights, such as one with other labels.
+    `quantization_config`: a `BitsAndBytesConfig` that means `nf4` (`memrt.quantization`).
     `trust_remote_code`: run Python code that the model brings; also where its config, made with
     trust, is given. Buffers do not pass the strategies. Under `fake_tensors()` nothing is read or
     drawn. Pass the `ledger` that is entered, and its weights account grows with each tensor.
@@ -86,6 +89,8 @@ def load(
         source = weight_source(path_or_config, config)
         files = None if source is None else context.enter_context(WeightFiles(source))
         chosen = _resolved_dtype(dtype, config, files)
+        if quantization_config is not None:
+            stack = with_quantization(stack, quantization_config, dtype=chosen)
         skeleton = Skeleton.build(
             lambda: auto.from_config(config, dtype=chosen, trust_remote_code=trusted)
         )

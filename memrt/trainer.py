@@ -31,6 +31,7 @@ from memrt.optimizer_slots import needs_memrt
 from memrt.own_groups import groups_of
 from memrt.plain_loop import refuse_untrained, refuse_unused_rounding
 from memrt.session import Session
+from memrt.spellings import require_served
 from memrt.structure import RunSettings
 from memrt.translation import join, with_own_optimizer
 
@@ -114,6 +115,7 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
                 f"strategies={list(strategies)!r} were given to the Trainer and "
                 f"{in_arguments!r} in its arguments; give them in one place"
             )
+        require_served(self.args.optim)
         self.args, named = with_own_optimizer(self.args)
         self._strategies = registry.parse_all(
             join(registry.parse_all(strategies or in_arguments), named, subject="args.optim")
