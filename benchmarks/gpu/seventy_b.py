@@ -20,7 +20,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -30,31 +29,17 @@ from benchmarks.gpu import adapter_gradients, qlora
 from benchmarks.gpu.common import PartFile, Setting, parse
 from benchmarks.gpu.constants import Driver
 from benchmarks.gpu.memory import make_workspaces, measured
+from benchmarks.gpu.packing import nf4_problem
 from benchmarks.gpu.plans import key_of
 from benchmarks.gpu.workloads import seventy_b_model, seventy_b_stacks
 from memrt.packed_weights import packed_layers
 
-__all__ = ["QLORA", "main", "nf4_problem"]
+__all__ = ["QLORA", "main"]
 
 QLORA = "QLoRA"
 CASE_SECONDS = 240.0
 TIMED_STEPS = 4
 KEPT = ("weights", "gradients", "optimizer")
-
-
-def nf4_problem(device: torch.device) -> str | None:
-    """Why bitsandbytes does not compute NF4 on this device; None where it does."""
-    from memrt.kernels.nf4 import nf4_dequantize, nf4_quantize
-
-    if find_spec("bitsandbytes") is None:
-        return "bitsandbytes is not installed"
-    weight = torch.linspace(-1.0, 1.0, 256, device=device)
-    try:
-        back = nf4_dequantize(nf4_quantize(weight), weight.shape, weight.dtype)
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # its CUDA library
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    off = float((back - weight).abs().max())
-    return None if off <= 0.2 else f"bitsandbytes gives back weights that are {off:.2f} off"
 
 
 class _Built:

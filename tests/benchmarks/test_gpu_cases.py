@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.gpu import operator_layers, operator_steps, operators
 from benchmarks.gpu.common import Setting, stack_of
 from benchmarks.gpu.correctness import HIDDEN, Case, cases, refusal
+from benchmarks.record import ROOT
 from memrt import registry, testing
 from memrt.profiling.ledger import Ledger
 from memrt.runner import start, train_step
@@ -75,3 +79,18 @@ def test_every_strategy_bites_where_the_suite_tries_it() -> None:
             accounts.remove("workspace")
         idle += [f"{name}: {a}" for a in accounts if not lowered[a] < plain[a]]
     assert not idle
+
+
+def test_every_operator_with_a_kernel_of_its_own_is_held_to_plain_pytorch() -> None:
+    """`launching` launches the others; steps and codes of FP8 are inside `adamw_fp8`'s kernel."""
+    inside = {"__init__", "launching", "adamw_step", "expanded_fp8"}
+    kernels = {path.stem for path in (ROOT / "kernels/_triton").glob("*.py")} - inside
+    layers = {"frozen_linear", "nf4", "int8_weights", "gated_product", "cross_entropy"}
+    modules = (operators, operator_layers, operator_steps)
+    imported = {
+        node.module.removeprefix("memrt.kernels.")
+        for module in modules
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+    }
+    assert kernels | layers <= imported
