@@ -35,9 +35,9 @@ class Speed(TrainerCallback):  # type: ignore[misc]
         self._tokens_before = state.num_input_tokens_seen
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The first step of this process begins."""
+        """The first step of this process begins; a checkpoint brings the tokens of before."""
         if self._num_steps == 0:
-            self._since = time.perf_counter()
+            self._restart(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Add the time since the last step, or since what came between."""
