@@ -16,7 +16,7 @@ from benchmarks.update_semantics import (
     semantics,
     updates_in_backward,
 )
-from memrt.update_time import BackwardUpdates
+from memrt.backward_updates import BackwardUpdates
 
 Table = dict[str, dict[str, str]]
 
@@ -93,7 +93,7 @@ def test_the_trials_find_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     def without(norm: Tensor, max_norm: float) -> Tensor:
         return torch.ones(())
 
-    monkeypatch.setattr("memrt.update_time.clip_factor", without)
+    monkeypatch.setattr("memrt.backward_updates.clip_factor", without)
     assert update_semantics.clipping(two) == LOST
 
 

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "memrt.adapter_methods",
         "memrt.adapter_reach",
         "memrt.adapters",
+        "memrt.backward_updates",
         "memrt.base_record",
         "memrt.compose",
         "memrt.errors",
