@@ -21,6 +21,7 @@ __all__ = [
     "first_match",
     "needs_memrt",
     "require_adamw",
+    "updates_in_backward",
     "wide_moments",
 ]
 
@@ -57,6 +58,11 @@ def wide_moments(run: Session) -> list[Rule]:
 def needs_memrt(rules: Sequence[Rule]) -> bool:
     """Whether rules bring what a user's optimizer has not; `composed_adamw` takes that as well."""
     return any(rule.slot is not Slot.ACTIVE_SET for rule in rules)
+
+
+def updates_in_backward(session: Session) -> bool:
+    """Whether parameters change before backward is over."""
+    return any(rule.slot is Slot.UPDATE_TIME for rule in session.rules())
 
 
 def first_match(

@@ -208,7 +208,7 @@ class Session:
         owner = self._backward_owner
         if owner is None:
             torch.autograd.backward(loss)
-        elif _replaces_forward(owner):
+        elif self.replaces_forward:
             raise ValueError(
                 f"strategy {owner.name!r} replaces forward and backward; "
                 "call run.train_micro_batch instead of run.backward"
@@ -218,13 +218,19 @@ class Session:
 
     @property
     def replaces_backward(self) -> bool:
-        """Whether a strategy owns `Slot.BACKWARD`, so that `train_micro_batch` must be called."""
+        """Whether a strategy owns `Slot.BACKWARD`, so that `backward` must be called."""
         return self._backward_owner is not None
+
+    @property
+    def replaces_forward(self) -> bool:
+        """Whether that one owns forward as well, so that `train_micro_batch` must be called."""
+        owner = self._backward_owner
+        return owner is not None and type(owner).backward is Attachment.backward
 
     def train_micro_batch(self, forward: Callable[[], Tensor], *, last: bool = True) -> Tensor:
         """Forward and backward of one micro-batch in one call; any strategy may own them."""
         with self.micro_batch(last=last):
-            if self._backward_owner is not None and _replaces_forward(self._backward_owner):
+            if self._backward_owner is not None and self.replaces_forward:
                 return self._backward_owner.micro_batch(forward)
             loss = forward()
             self.backward(loss)
@@ -391,7 +397,3 @@ class Session:
 
     def _book(self) -> None:
         self._observer.book(self.model, self.optimizer, self.attachments)
-
-
-def _replaces_forward(owner: Attachment) -> bool:
-    return type(owner).backward is Attachment.backward

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from memrt import registry
 from memrt.arguments import settings_of
 from memrt.auto_trainer import strategies_within
 from memrt.callback import MemoryProfilerCallback, two_counts
 from memrt.checkpoint import recover
-from memrt.errors import ConflictError, NonFiniteLossError
+from memrt.errors import ConflictError
 from memrt.evaluation import EvaluationMixin
 from memrt.gpus import check_budget
 from memrt.memory_report import MemoryReport, ReportMixin
@@ -33,6 +33,7 @@ from memrt.plain_loop import refuse_untrained, refuse_unused_rounding
 from memrt.session import Session
 from memrt.spellings import require_served
 from memrt.structure import RunSettings
+from memrt.training_step import TrainingStepMixin
 from memrt.translation import join, with_own_optimizer
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class _Steps(transformers.TrainerCallback):  # type: ignore[misc]
         self._trainer._end_step()
 
 
-class MemoryMixin(EvaluationMixin, ReportMixin):
+class MemoryMixin(TrainingStepMixin, EvaluationMixin, ReportMixin):
     """Put it before a Trainer class: `class T(MemoryMixin, SomeTrainer)`.
 
     The fields of `memrt.TrainingArguments` that plain arguments (of transformers, of TRL) lack are
@@ -157,6 +158,7 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
                 raise _optimizer_conflict(settings.optimizer, session)
             if not settings.stochastic_rounding:
                 refuse_unused_rounding(session, settings.stochastic_rounding)
+            self._refuse_own_step(session)
             if session.attachments and self.optimizer is not None:
                 refuse_untrained(session, self.optimizer, before=before, remedy=_OWN_OPTIMIZER)
         except BaseException:
@@ -267,45 +269,6 @@ class MemoryMixin(EvaluationMixin, ReportMixin):
         if self._report is not None and self._report.end_step():
             self.session.drop_ledger()
             self._write_report(self._report)  # now, for who looks while the run goes on
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> Tensor:
-        """One micro-batch, inside the strategies' contexts or with a backward of their own."""
-        session = self.session
-        loss: Tensor
-        if session is None:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        elif session.replaces_backward:
-            loss = self._step_without_backward(session, model, inputs, num_items_in_batch)
-        else:
-            with session.micro_batch(last=self.accelerator.sync_gradients):
-                loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._stop_on_nonfinite and not bool(torch.isfinite(loss).all()):
-            raise NonFiniteLossError(
-                step=self.state.global_step + 1, loss=float(loss), checkpoint=self._last_checkpoint
-            )
-        return loss
-
-    def _step_without_backward(
-        self, session: Session, model: nn.Module, inputs: dict[str, Any], num_items: Any
-    ) -> Tensor:
-        model.train()
-        prepared = self._prepare_inputs(inputs)
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # of later transformers 5
-        if scaled is None:  # num_items counts the whole step: a loss divided by it needs no more
-            scaled = self.compute_loss_func is not None or (
-                self.model_accepts_loss_kwargs and num_items is not None
-            )
-
-        def forward() -> Tensor:
-            with self.compute_loss_context_manager():
-                # compute_loss takes labels out of its inputs, and forward may be called again
-                loss = self.compute_loss(model, dict(prepared), num_items_in_batch=num_items)
-            result: Tensor = loss if scaled else loss / self.current_gradient_accumulation_steps
-            return result
-
-        return session.train_micro_batch(forward, last=self.accelerator.sync_gradients)
 
     # ---------------------------------------------------------------- gradient norm
 

@@ -555,6 +555,7 @@ def test_a_strategy_may_replace_backward() -> None:
     torch.manual_seed(0)
     run = memrt.prepare(PlainModel(), [FiniteDifference(), STRUCTURE], lr=1e-3)
     assert run.replaces_backward
+    assert run.replaces_forward
     before = [p.detach().clone() for p in run.model.parameters()]
     calls = []
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
-from memrt.errors import NonFiniteLossError
+import memrt
+from memrt import MemoryMixin
+from memrt.errors import ConflictError, NonFiniteLossError
 from tests.contract import SPECS
 from tests.trainer_runs import (
     assert_equal,
@@ -35,6 +37,39 @@ def test_a_strategy_that_owns_backward_sees_the_trainer_s_loss(family: str, tmp_
     ours = run(tmp_path, options={"strategies": [Backward()]}, **settings)
     assert history(ours) == history(plain)
     assert_equal(weights(ours), weights(plain))
+
+
+class Counting(transformers.Trainer):  # type: ignore[misc]
+    """Counts its micro-batches, as GRPO does."""
+
+    count = 0
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.count += 1
+        return loss
+
+
+@pytest.mark.parametrize("name", ["in_backward", "lomo"])
+def test_a_trainer_s_own_step_runs_where_a_strategy_owns_backward(
+    name: str, tmp_path: Path
+) -> None:
+    """With the numbers of one pass, where nothing is clipped and every window has two."""
+    cls = type("Mixed", (MemoryMixin, Counting), {})
+    settings: dict[str, Any] = {"cls": cls, "family": "plain", "gradient_accumulation_steps": 2}
+    runs = [
+        run(tmp_path, options={"strategies": [spec]}, max_grad_norm=norm, **settings)
+        for spec, norm in ((name, 0.0), (f"{name}(clip='two_pass')", 1e6))
+    ]
+    assert [trainer.count for trainer in runs] == [12, 12]
+    assert_equal(weights(runs[1]), weights(runs[0]))
+    assert "backward" not in vars(runs[1].accelerator)
+
+
+def test_a_trainer_s_own_step_is_refused_where_a_strategy_owns_forward(tmp_path: Path) -> None:
+    cls = type("Mixed", (MemoryMixin, Counting), {})
+    with pytest.raises(ConflictError, match="Counting has a training_step of its own"):
+        trainer_of(tmp_path, cls=cls, options={"strategies": [Backward()]})
 
 
 def test_a_loss_of_the_user_s_goes_through_an_owned_backward(tmp_path: Path) -> None:
@@ -115,6 +150,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(
     assert trainer.state.global_step == 4
     bad = [name for name, t in weights(trainer).items() if not torch.isfinite(t).all()]
     assert bad == ["lm_head.weight"]  # the poison only: nothing was updated with it
+
+
+@pytest.mark.parametrize("spec", ["in_backward", "in_backward(clip='two_pass')"])
+def test_it_stops_before_an_update_in_backward(spec: str, tmp_path: Path) -> None:
+    """Gradients that are finite all the same would have been applied, and moved the momentum."""
+
+    class Masked(memrt.Trainer):
+        before: ClassVar[dict[str, Tensor]] = {}
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            if self.state.global_step < 1:
+                return loss
+            self.before.update(weights(self))
+            return loss * 0.0 + math.nan
+
+    norm = 1.0 if "two_pass" in spec else 0.0
+    options = {"strategies": [spec]}
+    trainer = trainer_of(tmp_path, family="plain", cls=Masked, options=options, max_grad_norm=norm)
+    with pytest.raises(NonFiniteLossError, match="step 2; the step was not applied"):
+        trainer.train()
+    assert_equal(weights(trainer), trainer.before)
 
 
 def test_without_a_checkpoint_of_this_run_none_is_named(tmp_path: Path) -> None:
