@@ -5,7 +5,7 @@ attach, and the session trains two optimizer steps (state appears in the first, 
 steady state) under the ledger. Repeated layers are simulated at three small depths and
 extrapolated: the peak of every segment of a step (first, second, last but one and last layer;
 everything outside the layers; each phase; each step) is affine in the depth, which the third depth
-must confirm, else every layer is run.
+must confirm, else every layer is run; and so it is where micro-batches are not alike.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from memrt.profiling.ledger import Ledger
 from memrt.profiling.outside import EVALUATE, Outside
 from memrt.profiling.report import SCHEMA, conditions
 from memrt.random_batches import Shape, batches_of, random_batches
-from memrt.runner import Batch, copied, evaluate, model_loss, start, train_step
+from memrt.runner import Batch, alike, copied, evaluate, model_loss, start, train_step
 from memrt.structure import Facts, RunSettings, discover
 
 if TYPE_CHECKING:
@@ -392,7 +392,7 @@ def _plan_model(
         return simulate(lambda: build(_with_depth(config, depth)), strategies, batches, **options)
 
     depth = int(getattr(config, "num_hidden_layers", 0))
-    if not full and _extrapolates(config, strategies, build):
+    if not full and alike(batches) and _extrapolates(config, strategies, build):
         found = extrapolate({d: at_depth(d) for d in DEPTHS}, depth)
         if found is not None:
             return found, depth, DEPTHS

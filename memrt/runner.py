@@ -24,9 +24,17 @@ if TYPE_CHECKING:
     from memrt.strategy import Strategy
     from memrt.structure import RunSettings
 
-__all__ = ["Batch", "Run", "copied", "evaluate", "model_loss", "start", "train_step"]
+__all__ = ["Batch", "Run", "alike", "copied", "evaluate", "model_loss", "start", "train_step"]
 
 Batch = Mapping[str, Tensor]
+
+_CONTENT = frozenset(
+    {
+        *("input_ids", "decoder_input_ids", "token_type_ids"),
+        *("labels", "start_positions", "end_positions"),
+    }
+)
+"""Texts and labels: no bytes depend on their values."""
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -79,6 +87,30 @@ def copied(window: Sequence[Batch], device: torch.device | None = None) -> list[
         {name: tensor.to(device or tensor.device, copy=True) for name, tensor in batch.items()}
         for batch in window
     ]
+
+
+def alike(window: Sequence[Batch]) -> bool:
+    """Whether the micro-batches of a step take the same bytes, as far as anybody can tell.
+
+    They do where their shapes are the same and, of masks, whether there is padding: a model makes
+    no mask of its own from one without. Whatever else is no text and no label must be equal.
+    """
+    first, *others = window
+    return all(
+        other.keys() == first.keys()
+        and all(_same(name, first[name], other[name]) for name in first)
+        for other in others
+    )
+
+
+def _same(name: str, one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if name in _CONTENT or one.is_floating_point():
+        return True
+    if name.endswith("mask"):
+        return bool(one.all()) is bool(other.all())
+    return torch.equal(one, other)
 
 
 def train_step(run: Run, window: Sequence[Batch], *, read_values: bool = True) -> None:
