@@ -48,12 +48,15 @@ class MemoryReport:
     def __init__(self, *, device: torch.device) -> None:
         self.ledger = Ledger(device_type=device.type)
         self.num_counted = 0
+        self.has_begun = False
+        """Whether a step began, which may be where the run ended."""
         self._device = device
         self._monitor = Monitor(device=device)
         self._marks = PhaseMarks(self._monitor)
         self._history = AllocatorHistory(device)
         self._counting = ExitStack()
         self._watches = self._in_step = False
+        self._phases: list[str] = []  # that are open, the innermost last
 
     @property
     def counts(self) -> bool:
@@ -70,7 +73,7 @@ class MemoryReport:
 
     def begin_step(self) -> None:
         """An optimizer step begins."""
-        self._in_step = True
+        self._in_step = self.has_begun = True
         if self.counts:
             self._marks.enter("counted")
             self._counting.enter_context(self.ledger)
@@ -109,12 +112,16 @@ class MemoryReport:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """What a Trainer does between two steps."""
-        if not self._watches or self._in_step:
+        """What a Trainer does between two steps; in a phase of the same name it is a part of it."""
+        if not self._watches or self._in_step or name in self._phases:
             yield
             return
-        with self._marks.phase(name):
-            yield
+        self._phases.append(name)
+        try:
+            with self._marks.phase(name):
+                yield
+        finally:
+            self._phases.pop()
 
     def log_values(self) -> dict[str, float]:
         """Memory, power and utilisation of now, for a line of the log."""
@@ -267,7 +274,7 @@ class ReportMixin(CheckpointMixin):
             raise
 
     def _end_report(self) -> None:
-        """However training ended: a report of another attempt has nothing to begin with."""
+        """However training ended; where no step did, another attempt goes on counting."""
         report = self._report
         if report is None:
             return
@@ -275,8 +282,9 @@ class ReportMixin(CheckpointMixin):
         if report.num_counted:
             assert self.session is not None
             self.session.drop_ledger()
-            self._write_report(report)
             self._report, self._report_is_due = None, False
+        if report.has_begun:
+            self._write_report(report)
 
     def _write_report(self, report: MemoryReport) -> None:
         if not self.is_world_process_zero():

@@ -140,10 +140,11 @@ def _sources(report: Report) -> str:
     if report["peak_bytes"] is not None:
         region = report["region"]
         where = f" in {region['module']}" if region["module"] else ""
-        parts.append(
-            f"Counted: the ledger over the first {report['num_counted_steps']} optimizer steps; "
-            f"the peak comes in {region['phase']}{where}."
-        )
+        steps = report["num_counted_steps"]
+        counted = f"over the first {steps} optimizer steps"
+        if not steps:
+            counted = "in the first optimizer step, in which the run ended"
+        parts.append(f"Counted: the ledger {counted}; the peak comes in {region['phase']}{where}.")
     if report["monitor"] is not None:
         parts.append("RSS is all of this process: Python, libraries, data, and the run.")
     return " ".join(parts)

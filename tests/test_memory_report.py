@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+import memrt
 from memrt.errors import NonFiniteLossError
 from tests.contract import SPECS
 from tests.trainer_runs import (
@@ -90,6 +92,27 @@ def test_the_monitor_watches_the_steps_after_the_counted_ones(tmp_path: Path) ->
     assert not [t for t in threading.enumerate() if t.name == "memrt-monitor"]
 
 
+def test_several_evaluation_sets_are_one_evaluation(tmp_path: Path) -> None:
+    """transformers evaluates each set from within the evaluation of all: no second counts twice."""
+    spans: list[float] = []
+
+    class Timed(memrt.Trainer):
+        def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return super().evaluate(*args, **kwargs)
+            finally:
+                spans.append(time.perf_counter() - began)
+
+    sets = {"one": examples("llama", count=4), "other": examples("llama", count=4)}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 4, "options": {"eval_dataset": sets}}
+    run(tmp_path, cls=Timed, memory_report=True, max_steps=4, **evaluation)
+    assert len(spans) == 3  # each of the two, and both
+    phases = json.loads((tmp_path / "memrt/report.json").read_text())["monitor"]["phases"]
+    assert phases["evaluate"]["num_times"] == 1
+    assert phases["evaluate"]["seconds"] <= spans[-1]
+
+
 def test_resuming_is_a_phase_of_the_report(tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
     run(tmp_path, **options)
@@ -150,3 +173,42 @@ def test_counting_ends_with_an_exception(tmp_path: Path) -> None:
         trainer.train()
     assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     assert not [t for t in threading.enumerate() if t.name == "memrt-monitor"]
+
+
+class _Exhausted(transformers.TrainerCallback):  # type: ignore[misc]
+    """Runs out of memory where the first optimizer step begins, as often as it is told."""
+
+    def __init__(self, num_times: int) -> None:
+        self._num_times = num_times
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._num_times:
+            self._num_times -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+
+def test_a_run_that_fails_in_its_first_step_is_reported_as_far_as_it_came(tmp_path: Path) -> None:
+    path = tmp_path / "memrt/report.json"
+    path.parent.mkdir()
+    path.write_text("that of an earlier run")
+    options: dict[str, Any] = {"callbacks": [_Exhausted(1)]}
+    trainer = trainer_of(tmp_path, memory_report=True, options=options)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    report = json.loads(path.read_text())
+    assert (report["num_counted_steps"], report["steps"], report["losses"]) == (0, 0, [])
+    for account in ("weights", "gradients", "activations"):
+        assert report["account_maxima"][account] > 0, account
+    assert report["phases"]["backward"] > report["phases"]["load"] > 0
+    page = (tmp_path / "memrt/report.md").read_text("utf-8")
+    assert "in the first optimizer step, in which the run ended" in page
+    trainer.train()  # another attempt counts
+    assert json.loads(path.read_text())["num_counted_steps"] == 3
+
+
+def test_a_smaller_batch_after_one_that_did_not_fit_is_counted(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"callbacks": [_Exhausted(1)]}
+    trainer_of(tmp_path, memory_report=True, auto_find_batch_size=True, options=options).train()
+    report = json.loads((tmp_path / "memrt/report.json").read_text())
+    assert report["num_counted_steps"] == 3
+    assert report["conditions"]["batch_size"] == 1
