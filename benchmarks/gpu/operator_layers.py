@@ -37,6 +37,7 @@ from memrt.kernels.nf4 import (
     nf4_quantize,
     nf4_quantize_reference,
 )
+from memrt.kernels.uniform_int4 import int4_dequantize, int4_quantize
 
 __all__ = ["cases"]
 
@@ -178,6 +179,19 @@ def _int8_codes(setting: Setting) -> dict[str, Any]:
     )
 
 
+def _uniform_int4(setting: Setting) -> dict[str, Any]:
+    """Four-bit codes of a basis and what they stand for: the CPU's bits."""
+    values = torch.randn(321, 201, generator=torch.Generator().manual_seed(22))
+    ours, expected = int4_quantize(values.to(setting.device)), int4_quantize(values)
+    back, wanted = int4_dequantize(ours, (321, 201)), int4_dequantize(expected, (321, 201))
+    names = ("codes", "scales", "minima")
+    different = {
+        name: float((found.cpu() != truth).float().mean())
+        for name, found, truth in zip(names, ours, expected, strict=True)
+    }
+    return codes_row({"dense": error(back, wanted.double())}, {"dense": 1e-6}, different)
+
+
 def _gated(setting: Setting, dtype: torch.dtype) -> dict[str, Any]:
     """SiLU of the gate times the other half."""
     generator = torch.Generator().manual_seed(19)
@@ -247,4 +261,5 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
             )
     found["nf4 codes"] = partial(_nf4_codes, setting, problem)
     found["int8 codes"] = partial(_int8_codes, setting)
+    found["uniform_int4"] = partial(_uniform_int4, setting)
     return found
