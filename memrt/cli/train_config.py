@@ -52,7 +52,7 @@ EXAMPLE = {
     "training.eval_steps": 25,
     "training.save_steps": 25,
 }
-"""What is trained when neither a model nor data is named."""
+"""What is trained when neither a model nor data is named; it gives way to what was typed."""
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ def _complete(given: dict[str, Any]) -> dict[str, Any]:
                 "model.path: name a folder, a config.json or a hub id, or embedded for the small "
                 "Llama of memrt"
             )
-        given = {**EXAMPLE, **given}
+        given = {**_example_beside(given), **given}
     elif model is not None and given.get("model.config") is not None:
         raise ValueError(
             f"model.path={model!r} and model.config both say what is trained; give one"
@@ -280,6 +280,18 @@ def _complete(given: dict[str, Any]) -> dict[str, Any]:
     _refuse_two_lengths(values)
     _complete_evaluation(values)
     return {name: values[name] for name in keys() if name in values}
+
+
+def _example_beside(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`EXAMPLE` without what goes against the settings that were given."""
+    left_out: set[str] = set()
+    if "training.num_train_epochs" in given:
+        left_out.add("training.max_steps")
+    if given.get("data.evaluation_path") is not None:
+        left_out.add("data.evaluation_fraction")
+    elif given.get("data.evaluation_fraction") == 0:
+        left_out |= {"training.eval_strategy", "training.eval_steps"}
+    return {name: value for name, value in EXAMPLE.items() if name not in left_out}
 
 
 def _transformers_default(name: str) -> Any:

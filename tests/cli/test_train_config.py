@@ -91,6 +91,27 @@ def test_words_win_over_the_file_and_later_words_over_earlier_ones(memrt: Comman
     assert found["training"]["learning_rate"] == 3
 
 
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ([], {"max_steps": 50, "eval_strategy": "steps", "evaluation_fraction": 0.05}),
+        (["--epochs", "1"], {"num_train_epochs": 1, "max_steps": None, "eval_steps": 25}),
+        (["data.evaluation_fraction=0"], {"evaluation_fraction": 0, "eval_strategy": "no"}),
+        (
+            ["data.evaluation_path=held_out.txt"],
+            {"evaluation_path": "held_out.txt", "evaluation_fraction": 0, "eval_steps": 25},
+        ),
+    ],
+    ids=str,
+)
+def test_the_example_run_gives_way_to_what_was_typed(
+    memrt: Command, words: list[str], settings: dict[str, Any]
+) -> None:
+    tree = _settings(memrt, *words)
+    found = {**tree["data"], **tree["training"]}
+    assert {name: found.get(name) for name in settings} == settings
+
+
 def test_interpolations_see_the_words(memrt: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEMRT_TEST_FOLDER", "somewhere")
     Path("c.yaml").write_text(
