@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.optimizer_step import whole_steps
 from benchmarks.quality import sst2_table
 from benchmarks.quality import table as quality_table
 from benchmarks.record import RESULTS, ROOT, SCHEMA, check_record
@@ -25,7 +26,9 @@ __all__ = ["fill", "main", "records", "results_table"]
 PAGE = ROOT / "benchmarks" / "README.md"
 NONE = "No result is committed yet."
 
-_TABLE = re.compile(r"(<!-- table: (results|sst2|quality) -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(
+    r"(<!-- table: (results|sst2|quality|whole-steps) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def records(folder: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -91,6 +94,7 @@ _MADE = {
     "results": results_table,
     "sst2": _tables("sst2", sst2_table.markdown),
     "quality": _tables("quality", quality_table.markdown),
+    "whole-steps": _tables("optimizer_step", whole_steps.markdown),
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import run
+from benchmarks.optimizer_step import whole_steps
 from benchmarks.plan_accuracy.benchmark import rise_in_trace
 from benchmarks.record import RESULTS, ROOT, check_record
 from benchmarks.shapes import SHAPES, llama_config
@@ -115,6 +116,23 @@ def test_a_step_of_galore_is_charged_with_its_refreshes(results: dict[str, dict[
         assert row["amortised_whole_seconds"] == pytest.approx(later + (first - later) / every)
     base = rows["torch fused AdamW"]
     assert base["amortised_whole_seconds"] == base["later_whole_seconds"]["median"]
+
+
+def test_whole_steps_are_timed_beside_those_of_others(results: dict[str, dict[str, Any]]) -> None:
+    record = results["optimizer_step"]
+    found = record["summary"]["whole steps"]
+    assert set(found) == {f"1 layer of tiny, 16 tokens, {d}" for d in ("float32", "bfloat16")}
+    for rows in found.values():
+        assert {"torch fused", "bitsandbytes 8-bit", *whole_steps.FORMATS} <= set(rows)
+        for row in rows.values():
+            assert 0 < row["update_seconds"]["median"] < row["whole_seconds"]["median"]
+        assert rows["torch fused"]["ratio_to_torch_fused"]["median"] == 1
+        held = {label: rows[label]["state_bytes_per_parameter"] for label in whole_steps.FORMATS}
+        assert held["memrt int4"] < min(held["memrt int8"], held["memrt fp8"]) < 3
+    table = whole_steps.markdown(record)
+    assert table.count("| memrt fp8 |") == len(found)
+    old = {**record, "summary": record["summary"]["updates"]}
+    assert "updates alone" in whole_steps.markdown(old)
 
 
 def test_a_ladder_keeps_less_than_checkpointing(results: dict[str, dict[str, Any]]) -> None:
