@@ -141,6 +141,8 @@ _ELEMENTWISE = frozenset(
         "nf4_dequantize",
         "nf4_quantize",
         "stochastic_copy",
+        "uniform_int4_dequantize",
+        "uniform_int4_quantize",
     )
 )
 """Operators of ours without a product in them."""
