@@ -21,6 +21,9 @@ the training loss was higher by .64 and .72 (dropped: .35, .25) with a refresh e
 and .26 (.21, .13) every 10, by 0 and .06 (.24, .02) every 50. (CPU, torch 2.13, commit 2d23dd5;
 other learning rates were not tried.)
 
+A gradient that is zero or not finite moves nothing: the refresh stays pending, and each further
+gradient is asked, at the cost of a refresh. Until one is found, some orthonormal basis stands in.
+
 Workspace of a refresh: a few matrices [s, r] in fp32.
 """
 
@@ -31,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from memrt.kernels.finite import all_finite
 from memrt.kernels.uniform_int4 import (
     PackedInt4,
     int4_dequantize,
@@ -76,10 +80,11 @@ class MovingBasis:
         self._align, self._rotates, self._format = align, rotates, format
         self._rotation: Tensor | None = None  # of a move that the moments have not followed
         self._kept: dict[str, Tensor] = {}  # of _layout's names
+        self._stands_in = False
 
     @property
     def exists(self) -> bool:
-        """Whether one was found, or put in."""
+        """Whether one was found, or put in, or stands in for one."""
         return bool(self._kept)
 
     def matrix(self) -> Tensor | None:
@@ -90,6 +95,10 @@ class MovingBasis:
             return self._kept["basis"].float()
         packed = PackedInt4(*(self._kept[name] for name in _INT4))
         return int4_dequantize(packed, (self.size, self.rank))
+
+    def found(self) -> Tensor | None:
+        """`matrix`, unless it stands in for one that was not found yet."""
+        return None if self._stands_in else self.matrix()
 
     def _encoded(self, matrix: Tensor) -> dict[str, Tensor]:
         if self._format != "int4":
@@ -104,7 +113,7 @@ class MovingBasis:
         return {name: (shape, _INT4[name]) for name, shape in zip(_INT4, shapes, strict=True)}
 
     def begin_step(self, step: int) -> None:
-        """Decide whether a refresh is pending; one that found no gradient stays so."""
+        """Decide whether a refresh is pending; one that found no sound gradient stays so."""
         due = self.schedule.due(step) or not self.exists
         self.pending = not self.frozen and (self.pending or due)
 
@@ -114,24 +123,28 @@ class MovingBasis:
             raise RuntimeError("the basis is frozen: call set_basis(..., frozen=False) first")
         self.pending = True
 
-    def move(self, found: Tensor, sound: Tensor, *, fallback: Tensor | None = None) -> None:
-        """Replace it by ``found`` where ``sound`` (0-dim bool), else keep the old one.
+    def move(
+        self, found: Tensor, sound: Tensor, *, fallback: Callable[[], Tensor] | None = None
+    ) -> None:
+        """Replace it by ``found`` where ``sound`` (0-dim bool); else keep it and seek on.
 
-        ``fallback`` stands in for an old one that there is none of.
+        ``fallback`` makes what stands in for one that there is none of, until one is found.
         """
-        old = self.matrix()
-        if old is None:
-            assert fallback is not None
-            self._kept = self._encoded(torch.where(sound, found, fallback))
-        else:
-            if self._align:
-                found = found * torch.where((found * old).sum(dim=0) < 0.0, -1.0, 1.0)
-            if self.schedule.is_lazy:
-                self.schedule.note(overlap(old, torch.where(sound, found, old)))
-            for name, tensor in self._encoded(found).items():
-                self._kept[name] = torch.where(sound, tensor, self._kept[name])
-            if self._rotates:
-                self._rotation = torch.where(sound, self._rotation_from(old), _identity(old))
+        if not _on_host(sound):
+            if not self.exists:
+                assert fallback is not None
+                self._kept, self._stands_in = self._encoded(fallback()), True
+            return
+        old = self.found()
+        if old is not None and self._align:
+            found = found * torch.where((found * old).sum(dim=0) < 0.0, -1.0, 1.0)
+        else:  # it may be a view, which would keep all of the vectors
+            found = found.clone(memory_format=torch.contiguous_format)
+        if old is not None and self.schedule.is_lazy:
+            self.schedule.note(overlap(old, found))
+        self._kept, self._stands_in = self._encoded(found), False
+        if self._rotates and old is not None:
+            self._rotation = self._rotation_from(old)
         self.refresh_count += 1
         self.pending = False
 
@@ -152,14 +165,14 @@ class MovingBasis:
                 f"basis is {tuple(basis.shape)}: give [{self.size}, k] with k at most {self.size}"
             )
         matrix = basis.detach().to(device=self.device, dtype=torch.float32, copy=True)
-        self._kept = self._encoded(matrix)
+        self._kept, self._stands_in = self._encoded(matrix), False
         self.rank = basis.shape[1]
         self.frozen, self.pending, self._rotation = frozen, False, None
 
     def forget(self) -> None:
         """Free it, as when the weight stops training; its next gradient finds one."""
         if not self.frozen:
-            self._kept, self._rotation = {}, None
+            self._kept, self._rotation, self._stands_in = {}, None, False
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor that is held, by name."""
@@ -176,6 +189,8 @@ class MovingBasis:
         state: dict[str, Any] = dict(self._kept)
         if self._rotation is not None:  # in the middle of a step
             state["rotation"] = self._rotation
+        if self._stands_in:
+            state["stands_in"] = True
         state |= {"refresh_count": self.refresh_count, "frozen": self.frozen}
         return state | {"refresh_pending": self.pending, "schedule": self.schedule.state_dict()}
 
@@ -190,6 +205,7 @@ class MovingBasis:
                 f"{self._format}: resume with its rank and format"
             )
         self._kept = {name: tensor.to(self.device, copy=True) for name, tensor in saved.items()}
+        self._stands_in = bool(state.get("stands_in", False))
         rotation = state.get("rotation")
         self._rotation = None if rotation is None else rotation.to(self.device, copy=True)
         self.refresh_count = int(state["refresh_count"])
@@ -198,5 +214,6 @@ class MovingBasis:
         self.schedule.load_state_dict(state["schedule"], device=self.device)
 
 
-def _identity(old: Tensor) -> Tensor:
-    return torch.eye(old.shape[1], dtype=torch.float32, device=old.device)
+def _on_host(sound: Tensor) -> bool:
+    """What the solvers of a refresh have waited for already; of fake tensors: yes."""
+    return bool(all_finite([torch.where(sound, 0.0, torch.nan)]))

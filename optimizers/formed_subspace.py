@@ -126,10 +126,11 @@ class FormedSubspace(FormedProjection):
             found, sound = leading_vectors(
                 gradient, self.rank, solver=self._solver, left=self.is_left
             )
-            fallback = None
-            if not self._basis.exists:  # and the gradient zero or infinite: any space is as good
-                fallback = torch.eye(*found.shape, dtype=torch.float32, device=found.device)
-            self._basis.move(found, sound, fallback=fallback)
+            self._basis.move(
+                found,
+                sound,
+                fallback=lambda: torch.eye(*found.shape, dtype=torch.float32, device=found.device),
+            )
         projector = self._basis.matrix()
         if projector is None:
             raise RuntimeError("there is no basis yet: call begin_step() before the step")

@@ -28,7 +28,7 @@ def leading_basis(
     """Return a basis [a columns, rank] of the leading left subspace of aᵀ b, and whether to use it.
 
     The second is a 0-dim bool, False where the gradient is zero or not finite: then the first is
-    of no use. It is a tensor so that nothing waits for the device.
+    of no use. It is there before the eigensolver, which waits for the device.
     """
     block, sound = start, torch.ones((), dtype=torch.bool, device=start.device)
     for _ in range(iterations):

@@ -7,8 +7,8 @@ basis of rank r on the smaller side:
     else     right:  P [n, r],  R = dW P = rowsᵀ (columns P)   [m, r],  lift(N) = N Pᵀ
 
 R is linear in dW, so summing it over the micro-batches of a step is exact. Every ``every`` steps
-the basis is found anew, from the first micro-batch of the step and before its R: by randomized
-subspace iteration, started from the old basis. Its columns get the signs that make
+the basis is found anew, from the first micro-batch of the step that has a gradient and before its
+R: by randomized subspace iteration, started from the old basis. Its columns get the signs that make
 diag(P_newᵀ P_old) >= 0, for the moments are kept.
 
 Bytes, with s = min(m, n) and l = max(m, n): the basis, s · r · 4 (or less: ``basis.py``), and R,
@@ -96,6 +96,8 @@ class Subspace:
         self._seed, self._index, self._device = seed, index, torch.device(device)
         self._gradient: Tensor | None = None  # of self.shape
         self._exact_squared_norm: Tensor | None = None
+        self._is_settled = False
+        """Whether the step's gradient is in its basis; zero or not finite, it is so in any."""
 
     @property
     def rank(self) -> int:
@@ -116,7 +118,7 @@ class Subspace:
     def begin_step(self, step: int) -> None:
         """Decide whether the next gradient refreshes the basis, at optimizer step ``step`` >= 0.
 
-        A refresh that found no gradient in its step is made up for at the next gradient.
+        A refresh that found no gradient but zero or infinite ones is made up for at the next.
         """
         if self._gradient is not None:
             raise RuntimeError(f"step {step} begins before the last one was cleared: call clear()")
@@ -142,11 +144,12 @@ class Subspace:
             )
         small, large = (rows, columns) if self.side == "left" else (columns, rows)
         with torch.autocast(rows.device.type, enabled=False):
-            if self._basis.pending and self._gradient is None:
+            if self._basis.pending and not self._is_settled:
                 self._refresh(small, large)
             basis = self._basis.matrix()
             if basis is None:
                 raise RuntimeError("there is no basis yet: call begin_step() before backward")
+            self._is_settled = self._is_settled or not self._basis.pending
             if self._norm == "exact":
                 self._exact_squared_norm = gradient_squared_norm(rows, columns)
             if self._gradient is None:
@@ -156,15 +159,15 @@ class Subspace:
 
     def _refresh(self, small: Tensor, large: Tensor) -> None:
         """Find the basis of the gradient smallᵀ @ large, or keep the old one if it has none."""
-        old = self._basis.matrix()
+        old = self._basis.found()
         start = self._start_block(old)
         iterations = _FIRST_ITERATIONS if old is None else _REFRESH_ITERATIONS
         found, sound = leading_basis(
             small, large, start=start, rank=self.rank, iterations=iterations
         )
-        # A first gradient that is zero or infinite: any subspace is as good, until a refresh.
-        fallback = torch.linalg.qr(start).Q[:, : self.rank] if old is None else None
-        self._basis.move(found, sound, fallback=fallback)
+        self._basis.move(
+            found, sound, fallback=lambda: torch.linalg.qr(start).Q[:, : self.rank].contiguous()
+        )
 
     def _start_block(self, old: Tensor | None) -> Tensor:
         """Return [s, k]: the old basis, then random columns that depend on nothing else."""
@@ -204,6 +207,7 @@ class Subspace:
     def clear(self) -> None:
         """Free the gradient after the step: the basis alone is kept."""
         self._gradient = self._exact_squared_norm = None
+        self._is_settled = False
 
     def forget(self) -> None:
         """Free the basis too, as when the weight stops training; its next gradient finds one."""

@@ -127,6 +127,23 @@ def test_a_gradient_without_a_subspace_leaves_a_usable_basis(solver: Any, bad: f
             assert torch.equal(basis, before["basis"])
 
 
+@each_solver
+def test_a_step_without_a_gradient_leaves_the_refresh_to_the_next_one(solver: Any) -> None:
+    found = []
+    for window in ([0], [None, 0]):
+        subspace = make((24, 40), solver=solver, every=9)
+        for step, seed in enumerate(window):
+            subspace.begin_step(step)
+            gradient = gradient_of((24, 40), 0)
+            subspace.receive(gradient * 0.0 if seed is None else gradient)
+            subspace.clear()
+        assert subspace.refresh_count == 1
+        found.append(subspace.tensors()["basis"])
+    assert torch.equal(*found)
+    # no more is kept than the basis: the solver's other vectors are gone
+    assert found[0].untyped_storage().nbytes() == found[0].numel() * 4
+
+
 def test_gram_bases_keep_their_signs() -> None:
     subspace = make((24, 40), every=1)
     bases = []

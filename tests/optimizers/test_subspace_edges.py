@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memrt.kernels import mixed_precision
 from memrt.kernels.gradient_products import gradient_squared_norm
 from memrt.kernels.projected_linear import projected_linear
+from memrt.optimizers.basis import BasisFormat
 from memrt.optimizers.projection import Projection
 from memrt.optimizers.subspace import Subspace
 from tests.kernels.live_bytes import LiveBytes
@@ -178,6 +179,63 @@ def test_a_gradient_without_a_subspace_leaves_a_usable_basis(bad: float) -> None
     subspace.begin_step(2)
     subspace.accumulate(spoiled, columns)
     assert torch.equal(held(subspace, "basis"), found)
+
+
+@pytest.mark.parametrize("step", [0, 3], ids=["first", "refresh"])
+@pytest.mark.parametrize("basis", ["float32", "int4"])
+def test_a_micro_batch_without_a_gradient_leaves_the_refresh_to_the_next(
+    step: int, basis: BasisFormat
+) -> None:
+    """Labels that are all masked, or an expert without a token: as if it had not been there."""
+    rows, columns = factors((24, 40))
+    found = []
+    for window in ([rows], [rows * 0.0, rows, rows * 0.0]):
+        subspace = make(basis=basis, lazy=1.0, rotates=True)
+        for earlier in range(step):
+            subspace.begin_step(earlier)
+            subspace.accumulate(*factors((24, 40), seed=earlier + 1))
+            subspace.take_rotation()
+            subspace.clear()
+        subspace.begin_step(step)
+        for part in window:
+            subspace.accumulate(part, columns)
+        found.append(subspace)
+    ours, other = (each.tensors() for each in found)
+    assert ours.keys() == other.keys()
+    assert ("rotation" in ours) is ("overlap_0" in ours) is (step > 0)
+    assert all(torch.equal(other[name], tensor) for name, tensor in ours.items())
+    assert found[0].refresh_count == found[1].refresh_count == 1 + step // 3
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan")])
+@pytest.mark.parametrize("step", [0, 3], ids=["first", "refresh"])
+def test_a_step_without_a_gradient_leaves_it_to_the_next_one_over_a_resume_too(
+    bad: float, step: int
+) -> None:
+    rows, columns = factors((24, 40))
+    never, with_it = make(every=3), make(every=3)
+    for subspace in (never, with_it):
+        for earlier in range(step):
+            subspace.begin_step(earlier)
+            subspace.accumulate(*factors((24, 40), seed=earlier + 1))
+            subspace.clear()
+        subspace.begin_step(step)
+    with_it.accumulate(rows * bad, columns)
+    gradient = with_it.gradient()
+    assert gradient is not None
+    assert bool(torch.isfinite(gradient).all()) is (bad == 0.0)
+    with_it.clear()
+    resumed = make(every=3)
+    resumed.load_state_dict(with_it.state_dict())
+    for later in (with_it, resumed):
+        later.begin_step(step + 1)
+    for subspace in (never, with_it, resumed):
+        subspace.accumulate(rows, columns)
+        subspace.clear()
+    for later in (with_it, resumed):
+        assert torch.equal(held(later, "basis"), held(never, "basis"))
+        assert later.state_dict().keys() == never.state_dict().keys()
+        assert not later.state_dict()["refresh_pending"]
 
 
 @pytest.mark.parametrize("size", [1e-28, 1e18])
