@@ -298,11 +298,13 @@ def _fill(
     rungs[0].stem = stem = tap()
     for position, index in enumerate(settings.rungs(len(stack.layers))):
         rung, block = rungs[index], side.blocks[index]
+        handed_on = "position_bias" in inspect.signature(block.forward).parameters
         for module in block.modules():
-            if getattr(module, "has_relative_attention_bias", False):
+            if handed_on and getattr(module, "has_relative_attention_bias", False):
                 # the side adds its heads' part of the backbone's bias
                 vars(module)["has_relative_attention_bias"] = False
-                del module.relative_attention_bias
+                for table in ("relative_attention_bias", "global_relative_attention_bias"):
+                    module._modules.pop(table, None)
             for place in ("layer_idx", "layer_id"):  # in the key-value cache
                 if hasattr(module, place):
                     vars(module)[place] = len(stack.layers) + position

@@ -174,6 +174,9 @@ def copy_pruned(
             rows = wide.index_select(0, own[FUSED])
             _copy(parameter, narrowing.along(rows, 1) if rows.ndim == 2 else rows)
             continue
+        if name.endswith("relative_attention_bias.weight"):  # [distances, heads]
+            _copy(parameter, wide.index_select(1, own["heads"][: parameter.shape[1]]))
+            continue
         kept = _of_heads_norm(name, wide, cut, own)
         if kept is not None:
             _copy(parameter, wide.index_select(0, kept))

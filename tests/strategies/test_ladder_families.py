@@ -71,7 +71,28 @@ def opt(**values: Any) -> Any:
     return transformers.OPTForCausalLM(config)
 
 
+RELATIVE: dict[str, Any] = {
+    "d_model": 64,
+    "d_kv": 16,
+    "num_heads": 4,
+    "d_ff": 64,
+    "num_layers": 2,
+    "vocab_size": 99,
+    "decoder_start_token_id": 0,
+}
+
+
+def umt5() -> Any:
+    """Every layer has a table of position biases of its own."""
+    model = transformers.UMT5ForConditionalGeneration(transformers.UMT5Config(**RELATIVE))
+    for name, parameter in model.named_parameters():
+        if "relative_attention_bias" in name:
+            nn.init.normal_(parameter, std=2.0)
+    return model
+
+
 MODELS: dict[str, Any] = {
+    "umt5": umt5,
     "bart": lambda: bart(dropout=0.3, attention_dropout=0.3, activation_dropout=0.3),
     "bart, layers dropped": lambda: bart(encoder_layerdrop=0.5, decoder_layerdrop=0.5),
     "whisper": whisper,
@@ -174,3 +195,20 @@ def test_blocks_that_are_given_more_of_the_backbone_s_width_are_refused() -> Non
     with pytest.raises(ConflictError, match="given rel_embeddings of the model's own width"):
         memrt.prepare(model, ["ladder(reduction=2)"])
     assert [type(module) for module in model.modules()] == kinds
+
+
+def test_a_side_block_with_a_table_of_its_own_knows_positions() -> None:
+    """Its heads' columns of the backbone's; without, permuted tokens give permuted output."""
+    model: Any = built("umt5")[0]
+    memrt.prepare(model, ["ladder(reduction=2)"])
+    block = model.encoder.block[1].ladder.block.eval()
+    wide = model.encoder.block[1].layer[0].SelfAttention.relative_attention_bias.weight
+    side = block.layer[0].SelfAttention.relative_attention_bias.weight
+    kept = [any(torch.equal(column, own) for own in wide.t()) for column in side.t()]
+    assert kept == [True, True]
+    order, x = torch.tensor([4, 2, 0, 5, 1, 3]), torch.randn(1, 6, 32)
+    with torch.no_grad():
+        first, second = (
+            y[0] if isinstance(y, tuple) else y for y in (block(x), block(x[:, order]))
+        )
+    assert not torch.allclose(first[:, order], second, atol=1e-2)
