@@ -12,7 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.record import RESULTS
@@ -21,7 +22,20 @@ from memrt.cli.stacks import parse_stack
 from memrt.errors import ConflictError
 from memrt.planning import plan
 
-__all__ = ["BATCH", "CARDS", "FILE", "MODELS", "REFERENCE", "SCHEMA", "STACKS", "main", "planned"]
+__all__ = [
+    "BATCH",
+    "CARDS",
+    "FILE",
+    "MODELS",
+    "PARTNERED",
+    "REFERENCE",
+    "SCHEMA",
+    "STACKS",
+    "Partnered",
+    "main",
+    "planned",
+    "stack_of",
+]
 
 SCHEMA = "memrt.cards/1"
 FILE = RESULTS / "cards.json"
@@ -59,6 +73,41 @@ STACKS: tuple[tuple[str, str], ...] = (
 )
 """From the least change of training to the largest, with what changes."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partnered:
+    """How a strategy is planned that a run of `REFERENCE` with default settings refuses alone."""
+
+    stack: str
+    without: str = "none"
+    """What it is compared with."""
+    why: str
+
+
+_ADAPTERS = "it freezes the whole model, so that it is planned beside LoRA"
+_TWO_PASS = (
+    "the default max_grad_norm=1 needs every gradient first, so that it is planned with "
+    "clip='two_pass'"
+)
+
+_SMALL = "activation_checkpoint+fused_loss+int8_states"
+
+PARTNERED: Mapping[str, Partnered] = {
+    "nf4": Partnered(stack="nf4+peft", without="peft", why=_ADAPTERS),
+    "int8": Partnered(stack="int8+peft", without="peft", why=_ADAPTERS),
+    "fused_lora": Partnered(
+        stack="peft+fused_lora", without="peft", why="it needs LoRA, whose branch it fuses"
+    ),
+    "in_backward": Partnered(
+        stack=f"{_SMALL}+in_backward(clip='two_pass')",
+        without=_SMALL,
+        why=f"{_TWO_PASS}, beside what else keeps the peak up: activations, logits, moments",
+    ),
+    "lomo": Partnered(stack="lomo(clip='two_pass')", why=_TWO_PASS),
+    "adalomo": Partnered(stack="adalomo(clip='two_pass')", why=_TWO_PASS),
+}
+"""Strategies that are not planned alone."""
+
 CARDS: tuple[tuple[str, int], ...] = (
     ("8 GiB", 8 * 2**30),
     ("12 GiB", 12 * 2**30),
@@ -70,6 +119,11 @@ CARDS: tuple[tuple[str, int], ...] = (
     ("141 GiB (H200)", 143_771 * 2**20),
 )
 """Memory as nvidia-smi shows it; the sources stand in `memrt/gpus.py`."""
+
+
+def stack_of(name: str) -> str:
+    """The stack whose bytes a strategy's page shows."""
+    return PARTNERED[name].stack if name in PARTNERED else name
 
 
 def planned(size: str, stack: str) -> dict[str, Any]:
@@ -97,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="STACK", help="plan these, keep other rows")
     arguments = parser.parse_args(argv)
     wanted = [(size, stack) for size in MODELS for stack, _ in STACKS]
-    wanted += [(REFERENCE, name) for name in built_in() if (REFERENCE, name) not in wanted]
+    shown = [stack_of(name) for name in built_in()]
+    wanted += [(REFERENCE, stack) for stack in shown if (REFERENCE, stack) not in wanted]
     rows = _kept(arguments.only)
     for size, stack in wanted:
         if arguments.only is None or stack in arguments.only:

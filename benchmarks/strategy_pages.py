@@ -15,7 +15,8 @@ from dataclasses import MISSING, fields
 from importlib import import_module
 from typing import Any
 
-from benchmarks.cards import BATCH, CARDS, FILE, MODELS, REFERENCE, STACKS
+from benchmarks.cards import BATCH, CARDS, FILE, MODELS, PARTNERED, REFERENCE, STACKS, stack_of
+from memrt.cli.stacks import split_stack
 from memrt.compatibility import SETTINGS, Compatibility
 from memrt.profiling.accounts import Account
 from memrt.profiling.report import format_bytes
@@ -43,9 +44,8 @@ def strategy_page(name: str, found: Compatibility) -> str:
     parts += ["## Bytes", _bytes(name)]
     if name not in found.unbuilt:
         parts += ["## What it goes with", *_partners(name, found)]
-        command = f"memrt plan --strategies {name}\nmemrt compat {name}"
-        if not _served_alone(name, found):
-            command = f"memrt compat {name}"
+        words = (f'"{each}"' if "(" in each else each for each in split_stack(stack_of(name)))
+        command = f"memrt plan --strategies {' '.join(words)}\nmemrt compat {name}"
         parts += ["## Try it", f"```bash\n{command}\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -127,10 +127,6 @@ def _options_table(cls: type[Strategy]) -> str:
     return _table(("setting", "default", "meaning"), rows) if rows else ""
 
 
-def _served_alone(name: str, found: Compatibility) -> bool:
-    return bool(found.alone[name].runs_on)
-
-
 def _partners(name: str, found: Compatibility) -> Iterator[str]:
     others = [each.name for each in found.strategies if each.name != name]
     together = [other for other in others if found.pair(name, other).text == "yes"]
@@ -167,17 +163,33 @@ def _workload() -> str:
 
 
 def _bytes(name: str) -> str:
-    rows = _rows()
-    row, base = rows.get((REFERENCE, name)), rows.get((REFERENCE, "none"))
-    if row is None or base is None or base["reason"] is not None:
+    rows, partnered = _rows(), PARTNERED.get(name)
+    without = "none" if partnered is None else partnered.without
+    row, base = rows.get((REFERENCE, stack_of(name))), rows.get((REFERENCE, without))
+    if row is None or base is None:
         return "Not planned yet; `python -m benchmarks.cards` plans it."
-    if row["reason"] is not None:
-        return (
-            f"It does not run alone on a Llama of {REFERENCE}: {_prose(row['reason'])}. Stacks and "
-            "their bytes: [which strategy for my card](../which-strategy.md)."
-        )
+    for each in (row, base):
+        if each["reason"] is not None:
+            raise ValueError(f"{each['stack']} does not run on a Llama of {REFERENCE}: {each}")
+    return f"{_how_planned(name, row, base)}\n\n{_accounts(name, row, base)}"
+
+
+def _how_planned(name: str, row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    partnered = PARTNERED.get(name)
+    how = "alone and with its default settings (GiB)"
+    if partnered is not None:
+        beside = "no strategy" if partnered.without == "none" else f"`{partnered.without}`"
+        how = f"`{partnered.stack}` against {beside} (GiB): {_prose(partnered.why)}"
+    return (
+        f"A Llama of {REFERENCE}, {_workload()}, as `memrt plan` predicts it, {how}. The peak "
+        f"comes in {base['region']['phase']} without it, and in {row['region']['phase']} with it; "
+        "an account that falls elsewhere does not lower it."
+    )
+
+
+def _accounts(name: str, row: Mapping[str, Any], base: Mapping[str, Any]) -> str:
     names = [account.value for account in Account]
-    table = _table(
+    return _table(
         ("at the peak", "without", f"with {name}"),
         [
             *(
@@ -187,12 +199,6 @@ def _bytes(name: str) -> str:
             ("**peak**", _gib(base["peak_bytes"]), _gib(row["peak_bytes"])),
             ("on the host", _gib(base["place_peaks"]["host"]), _gib(row["place_peaks"]["host"])),
         ],
-    )
-    return (
-        f"A Llama of {REFERENCE}, {_workload()}, as `memrt plan` predicts it, alone and with its "
-        f"default settings (GiB). The peak comes in {base['region']['phase']} without it, and in "
-        f"{row['region']['phase']} with it; an account that falls elsewhere does not lower it.\n\n"
-        f"{table}"
     )
 
 
@@ -209,8 +215,10 @@ def index_page(names: Sequence[str]) -> str:
     shown = []
     for name in names:
         cls = strategy_class(name)
-        row = rows.get((REFERENCE, name))
+        row = rows.get((REFERENCE, stack_of(name)))
         peak = "" if row is None or row["reason"] is not None else _gib(row["peak_bytes"])
+        if peak and name in PARTNERED:
+            peak = f"{peak} (`{stack_of(name)}`)"
         lowers = ", ".join(account.value for account in cls.lowers)
         exact = "yes" if cls.exact else "no"
         title = _prose(_paragraphs(cls)[0].replace("\n", " ").rstrip("."))
@@ -222,7 +230,7 @@ def index_page(names: Sequence[str]) -> str:
         "# Strategies\n\nA page for each, made from its docstring: what it is, its formula, what "
         "it saves and costs, its paper, its settings, and what refuses it. Peaks are predicted by "
         f"`memrt plan`: a Llama of {REFERENCE}, {_workload()}, one strategy alone with default "
-        f"settings.{without} "
+        f"settings, or the stack that is named.{without} "
         "Stacks save more: [which strategy for my card](../which-strategy.md).\n\n"
         f"{_table(head, shown)}\n"
     )

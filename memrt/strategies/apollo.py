@@ -5,11 +5,12 @@ direction of R; W ← W (1 - lr·wd) - lr·sqrt(scale)·limit(dW·diag(‖N_j‖
 side. `limit` lets the update's norm grow by at most 1 % a step, without waiting for the device.
 
 Bytes per weight: moments 8 n r (2.03 n r with `int8_states`) in place of 8 m n, and 4 for a norm. P
-is not kept but made again from a seed: 4 m r of workspace in a step. The gradient stays, 4 m n (2
-in bf16): it *is* the direction, so unlike GaLore's it must be formed. With `in_backward` one
-weight's at a time is alive. (Exact and gradient-free would be W ← W - c·dYᵀ(X diag(s)) inside
-backward, with the norm from Gram matrices; but s needs all of R first, so only with one micro-batch
-a step and no clipping, and it would save just that one weight's gradient. It is not offered.)
+is not kept but made again from a seed: 4 m r of workspace in a step. Costs these m r random numbers
+and the sketch, 2 m n r operations a weight and step. The gradient stays, 4 m n (2 in bf16): it *is*
+the direction, so unlike GaLore's it must be formed. With `in_backward` one weight's at a time is
+alive. (Exact and gradient-free would be W ← W - c·dYᵀ(X diag(s)) inside backward, with the norm
+from Gram matrices; but s needs all of R first, so only with one micro-batch a step and no clipping,
+and it would save just that one weight's gradient. It is not offered.)
 
 Embeddings, head, norms, biases keep AdamW. Zhu et al. 2024, arXiv 2412.05270.
 """
@@ -52,7 +53,9 @@ class Apollo(ProjectedStrategy):
 
     name: ClassVar[str] = "apollo"
     lowers: ClassVar[tuple[Account, ...]] = (Account.OPTIMIZER,)
-    needs: ClassVar[frozenset[Promise]] = frozenset({Promise.GRADIENT_IS_FORMED})
+    needs: ClassVar[frozenset[Promise]] = frozenset(
+        {Promise.GRADIENT_IS_FORMED, Promise.PARAMETERS_STAY_WHOLE}
+    )
 
     rank: int = 256
     scale: float = 1.0

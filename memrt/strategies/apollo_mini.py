@@ -4,7 +4,8 @@
 m <= n the sketch R has n elements, and W ← W (1 - lr·wd) - lr·sqrt(128)·limit(dW·‖N‖ / ‖R‖).
 
 Bytes per weight: moments 8 n in place of 8 m n, and 4 for a norm; the gradient stays, 4 m n (2 in
-bf16), with `in_backward` one weight's at a time. Zhu et al. 2024, arXiv 2412.05270.
+bf16), with `in_backward` one weight's at a time. Costs a sketch of one vector, 2 m n operations a
+weight and step. Zhu et al. 2024, arXiv 2412.05270.
 """
 
 from __future__ import annotations

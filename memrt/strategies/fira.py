@@ -8,7 +8,8 @@ W ← W (1 - lr·wd) - lr·(scale·P N + residual_scale·limit(E diag(phi))). Th
 
 Bytes per weight: basis 4 m r, moments 8 n r (2.03 n r with `int8_states`) in place of 8 m n, and 4
 for a norm. The gradient stays, 4 m n (2 in bf16), for E is made of it; with `in_backward` one
-weight's at a time is alive. Embeddings, head, norms, biases keep AdamW.
+weight's at a time is alive. Costs two products with P, 4 m n r operations a weight and step, and a
+new basis every `every` steps. Embeddings, head, norms, biases keep AdamW.
 
 Chen et al. 2024, arXiv 2410.01623. E is the paper's, orthogonal to P (the authors' code leaves
 1 - scale of P R in it), and like there `scale` is not applied to it.
@@ -49,7 +50,9 @@ class Fira(ProjectedStrategy):
 
     name: ClassVar[str] = "fira"
     lowers: ClassVar[tuple[Account, ...]] = (Account.OPTIMIZER,)
-    needs: ClassVar[frozenset[Promise]] = frozenset({Promise.GRADIENT_IS_FORMED})
+    needs: ClassVar[frozenset[Promise]] = frozenset(
+        {Promise.GRADIENT_IS_FORMED, Promise.PARAMETERS_STAY_WHOLE}
+    )
 
     residual_scale: float = 1.0
     growth: float | None = 1.01

@@ -1,15 +1,17 @@
 """LoRA that keeps its inputs once, in the base's dtype.
 
-On a bf16 base PEFT keeps for every adapted layer an fp32 copy of its input, and with dropout two
-more tensors of that size: LoRA on five linear layers of a decoder layer keeps 29.8 units (42.5 with
-dropout; one unit is a layer's input in bf16) where full fine-tuning keeps 23.2. Here the input is
-kept as it came, once for the layers that share it; the branch and the dropout's mask are computed
-again in backward. In a gated MLP whose last layer is adapted, activation and product are computed
-again too: about 16 units. The adapters, their checkpoints and their gradients are PEFT's, to the
-rounding of a sum. Costs 2 · in · r operations a token and layer, and the mask. On CUDA, Triton
-kernels read the wide tensors as they came and add the branch while they write, without an fp32 copy
-or a temporary of a layer's output; with dropout, the mask and the dropped input are made before
-them, in the adapters' dtype. See `memrt.kernels.lora`.
+The branch is PEFT's, y + (alpha / r) (M ∘ x) Aᵀ Bᵀ with the dropout's mask M. On a bf16 base PEFT
+keeps for every adapted layer an fp32 copy of its input, and with dropout two more tensors of that
+size: LoRA on five linear layers of a decoder layer keeps 29.8 units (42.5 with dropout; one unit is
+a layer's input in bf16) where full fine-tuning keeps 23.2. Here the input is kept as it came, once
+for the layers that share it; the branch and the dropout's mask are computed again in backward. In a
+gated MLP whose last layer is adapted, activation and product are computed again too: about 16
+units. The adapters, their checkpoints and their gradients are PEFT's, to the rounding of a sum.
+Costs 2 · in · r operations a token and layer, and the mask. On CUDA, Triton kernels read the wide
+tensors as they came and add the branch while they write, without an fp32 copy or a temporary of a
+layer's output; with dropout, the mask and the dropped input are made before them, in the adapters'
+dtype. LoRA: Hu et al. 2021, arXiv 2106.09685; keeping its input once is memrt's, see
+`memrt.kernels.lora`.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 For `chunk_tokens` tokens at a time the head's logits [chunk, vocabulary] are made, turned into loss
 and gradient, and dropped. Workspace falls from about 3 × tokens × vocabulary × 4 bytes (logits,
 their log-softmax, their gradient) to one chunk of it; a trainable head in low precision adds an
-fp32 accumulator of its gradient unless `accumulate="weight"`. The loss is divided by the number of
-labels of the whole batch, never of a chunk. An evaluation without metrics makes no logits either;
-metrics and prediction see them as ever. The idea is Liger-Kernel's fused linear cross-entropy,
-arXiv 2410.10989; here of ordinary operators, one path on every device.
+fp32 accumulator of its gradient unless `accumulate="weight"`. Costs no product more: gradients are
+formed in the forward, chunk by chunk, and only scaled in the backward. The loss is divided by the
+number of labels of the whole batch, never of a chunk. An evaluation without metrics makes no logits
+either; metrics and prediction see them as ever. The idea is Liger-Kernel's fused linear
+cross-entropy, arXiv 2410.10989; here of ordinary operators, one path on every device.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ as they are, as GaLore keeps them, or follow the new basis (`moments="rotated"`:
 
 Bytes per projected weight: basis 4 m r (`basis` has less; in a step that refreshes it the old one
 too, for a step that is skipped takes its refresh back), moments 8 n r (2.03 n r with
-`int8_states`), gradient 4 n r in place of 4 m n. Embeddings, head, norms, biases keep AdamW. Zhao
-et al. 2024, arXiv 2403.03507; the projection without the gradient is memrt's. With an injected
-identity basis it is AdamW.
+`int8_states`), gradient 4 n r in place of 4 m n. Costs, in operations, 2 r (m + n) a token in place
+of dW's 2 m n, 2 m n r a step for P N, and the sketches of a refresh. Embeddings, head, norms,
+biases keep AdamW. Zhao et al. 2024, arXiv 2403.03507; the projection without the gradient is
+memrt's. With an injected identity basis it is AdamW.
 
 `form="plain"` is GaLore as published, for comparison with it: dW is formed, accumulated and clipped
 as ever, P is its exact SVD at steps 0, `every`, 2·`every`, ... of all weights at once. It saves
@@ -127,8 +128,8 @@ class Galore(ProjectedStrategy):
     @property
     def needs(self) -> frozenset[Promise]:  # type: ignore[override]  # depends on the form
         """The plain form reads the gradient."""
-        formed = {Promise.GRADIENT_IS_FORMED}
-        return frozenset(() if self.is_gradient_free else formed)
+        whole, formed = Promise.PARAMETERS_STAY_WHOLE, Promise.GRADIENT_IS_FORMED
+        return frozenset({whole} if self.is_gradient_free else {whole, formed})
 
     def check(self, facts: Facts) -> None:
         """Needs AdamW and linear weights in repeated layers."""

@@ -1,11 +1,12 @@
 """In-backward updates: each parameter is updated in backward, and its gradient is freed at once.
 
 The update is the run's own (AdamW in any state format), one parameter at a time, with the bits of a
-step after backward. With parameters of n_1, n_2, ... elements the gradients account falls from
-4 (n_1 + n_2 + ...) bytes to about 4 max(n_i) (2 in bf16), if a step is one micro-batch; with more
-of them nothing is saved. `max_grad_norm` needs `clip="two_pass"`: a second backward pass, exact.
-Weights that are projected (`galore`) are updated at the step, all others in backward. What is kept
-and what is refused: docs/update-time.md. Lv et al. 2023, arXiv 2306.09782 (LOMO; its rule: SGD).
+step after backward. With parameters of n_1, n_2, ... elements the gradients account falls from 4
+(n_1 + n_2 + ...) bytes to about 4 max(n_i) (2 in bf16), if a step is one micro-batch; with more of
+them nothing is saved. Costs no operation more, unless the norm is clipped: `max_grad_norm` needs
+`clip="two_pass"`, a second backward pass, exact. Weights that are projected (`galore`) are updated
+at the step, all others in backward. What is kept and what is refused: docs/update-time.md. Lv et
+al. 2023, arXiv 2306.09782 (LOMO; its rule: SGD).
 """
 
 from __future__ import annotations

@@ -1,8 +1,13 @@
 """Frozen weights in eight bits, with one scale for each output of a layer.
 
-As `nf4`, with 1 byte and a bit a weight instead of 0.516, and a rounding of at most 0.4 % of an
-output's largest weight. Activations are not quantised. The arithmetic is torch's own; see
-`memrt.kernels.int8_weights`. After Dettmers et al. 2022 (LLM.int8()), arXiv 2208.07339.
+For W [out, in], a row W_i of an output: W_i ~ code * max |W_i| / 127. As `nf4`, with 1 + 4 / in
+bytes a weight instead of 0.516, and a rounding of at most 0.4 % of an output's largest weight.
+Activations are not quantised. Costs time and saves none: each product makes its dense weight in the
+input's dtype and drops it, in forward and again in backward, and is then the product that it would
+have been. That is at least one read and one write of the weight more for each product (under
+`activation_checkpoint` three times a step), which weighs the less the more tokens there are; beside
+the one dense weight an fp32 piece of it, about 16 MiB, is workspace. The arithmetic is torch's own;
+see `memrt.kernels.int8_weights`. After Dettmers et al. 2022 (LLM.int8()), arXiv 2208.07339.
 """
 
 from __future__ import annotations

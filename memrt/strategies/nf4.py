@@ -1,11 +1,12 @@
 """Frozen weights in four bits: NF4 with double quantisation.
 
-The linear layers of the repeated layers keep 0.516 bytes a weight (16 levels, an 8-bit scale for
-each 64 of them) instead of 2 or 4. Each product makes its dense weight and drops it, in forward and
-again in backward: one weight at a time is workspace. Embeddings, norms and the head stay as they
-are. The whole model is frozen; something else must train (`peft`, `ladder`). It rounds by about 9 %
-of a weight's spread, once. Dettmers et al. 2023 (QLoRA), arXiv 2305.14314; see
-`memrt.kernels.nf4`.
+The linear layers of the repeated layers keep 0.516 bytes a weight, W ~ level[code] * scale (16
+levels, an 8-bit scale for each 64 weights), instead of 2 or 4. Costs a pass over the weight for
+each product, which makes its dense weight and drops it, in forward and again in backward (under
+`activation_checkpoint` three times a step): one weight at a time is workspace. Embeddings, norms
+and the head stay as they are. The whole model is frozen; something else must train (`peft`,
+`ladder`). It rounds by about 9 % of a weight's spread, once. Dettmers et al. 2023 (QLoRA), arXiv
+2305.14314; see `memrt.kernels.nf4`.
 """
 
 from __future__ import annotations

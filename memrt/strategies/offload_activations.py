@@ -6,8 +6,8 @@ time while its backward runs. Host memory grows by the same bytes (pinned on CUD
 operators save is moved out once, whatever its shapes and strides, and back for each of them, so
 traffic is the saved bytes times two or more: it pays together with activation checkpointing, where
 only layer inputs move (2 × layers × tokens × hidden elements a micro-batch). With a slice goes the
-storage that it is cut from, which would else stay on the device with it; a slice of a storage
-more than 16 times its size stays.
+storage that it is cut from, which would else stay on the device with it; a slice of a storage more
+than 16 times its size stays. The idea is that of PyTorch's `torch.autograd.graph.save_on_cpu`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """Adapters of Hugging Face's PEFT: a frozen model, and small tensors beside its layers that train.
 
-Any method of PEFT that is put into a model's layers: by a configuration object, `Peft(config=
-LoraConfig(...))`, or by name, `peft(method="lora", rank=16, targets="all-linear")`. Adapters are
-PEFT's own modules, with its rounding, dropout and initialisation; checkpoints hold them in PEFT's
-layout (`adapter_config.json`, `adapter_model.safetensors`), which plain PEFT loads, and beside it a
-hash of the base (`memrt_base.json`): resume, `memrt merge` and `memrt export` refuse another base.
-Gradients and AdamW's moments exist for the adapters alone: for LoRA of rank r, 16 · r · (in + out)
-bytes a layer in fp32 instead of 12 · in · out. Works over packed weights (`nf4`, `int8`): QLoRA.
+Any method of PEFT that is put into a model's layers: by a configuration object,
+`Peft(config=LoraConfig(...))`, or by name, `peft(method="lora", rank=16, targets="all-linear")`.
+Adapters are PEFT's own modules, with its rounding, dropout and initialisation; checkpoints hold
+them in PEFT's layout (`adapter_config.json`, `adapter_model.safetensors`), which plain PEFT loads,
+and beside it a hash of the base (`memrt_base.json`): resume, `memrt merge` and `memrt export`
+refuse another base. LoRA of rank r: y = x Wᵀ + (alpha / r) x Aᵀ Bᵀ. Gradients and AdamW's moments
+exist for the adapters alone, 16 · r · (in + out) bytes a layer in fp32 with the adapters instead of
+12 · in · out. It costs 6 r (in + out) operations a token and layer and saves the 2 · in · out of
+W's gradient. Works over packed weights (`nf4`, `int8`): QLoRA.
 
 What it does not lower: activations. On a bf16 base PEFT keeps an fp32 copy of every adapted layer's
 input; see `fused_lora`. Methods without layers in the model (prompt and prefix tuning), and those

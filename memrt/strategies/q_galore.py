@@ -6,7 +6,8 @@ parameter are 8-bit (`int8_states`); and a weight whose subspace rests is refres
 its interval doubles whenever the mean overlap of its last 5 refreshes was `lazy` or more.
 
 Bytes per projected weight: basis (1/2 + 4/256) m r, moments 2.03 n r (8 n r where they have fewer
-than 4096 elements), gradient 4 n r. P is restored to fp32 for a product: 4 m r of workspace.
+than 4096 elements), gradient 4 n r. Costs what `galore` does, less for the refreshes that are left
+out, and P restored to fp32 for a product: 4 m r of workspace.
 
 Zhang et al. 2024, arXiv 2407.08296. The overlap is that of whole subspaces, corrected for chance,
 where the authors' code takes the cosine of the first vector alone, sign included; its queue is
