@@ -141,12 +141,13 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds of the first step, which refreshes, and of the later ones, for every variant.
 
-    A case may have a rank of its own.
+    A case may have a rank of its own; `left_out` names variants that do not run.
     """
     rank = case.get("rank", options["rank"])
     ids = case_ids(case, options["sequence_length"], device)
     peers = [PEER] if find_spec("galore_torch") else []
-    labels = [OURS, *peers, OURS_FORMED, BASE]
+    left_out = options.get("left_out", ())
+    labels = [label for label in (OURS, *peers, OURS_FORMED, BASE) if label not in left_out]
     steps = {label: _step(label, case, rank, device, dtype) for label in labels}
     first = {label: step(ids) for label, step in steps.items()}
     later = in_turns(steps, ids, warm_up=options["warm_up"], count=options["steps"])

@@ -102,6 +102,8 @@ class PartFile:
         self._setting = setting
         self._case_seconds = case_seconds
         self._lock = threading.Lock()
+        self._watch = threading.Timer(0, lambda: None)
+        self._began = 0.0
         self._content: dict[str, Any] = {
             "part": name,
             "device": name_of(setting.device),
@@ -141,24 +143,30 @@ class PartFile:
         wanted = not self._setting.only or key.startswith(self._setting.only)
         if key in self.rows or key in self._joined or not wanted:
             return
-        self._content["running"] = key
-        self._write()
-        # a thread, for a call into CUDA that hangs never comes back to Python's signals
-        watch = threading.Timer(self._case_seconds, self._give_up, [key])
-        watch.daemon = True
-        watch.start()
-        began = time.perf_counter()
+        self.begin(key)
         try:
             row = _guarded(measure)
         finally:
-            watch.cancel()
-        self._finish(key, row, seconds=time.perf_counter() - began)
+            self._watch.cancel()
+        self.end(key, row)
         if row["status"] == "device lost":
             raise SystemExit(DEVICE_LOST)
 
-    def _finish(self, key: str, row: dict[str, Any], *, seconds: float) -> None:
+    def begin(self, key: str) -> None:
+        """A case begins; `end` must follow in time."""
+        self._content["running"] = key
+        self._write()
+        # a thread, for a call into CUDA that hangs never comes back to Python's signals
+        self._watch = threading.Timer(self._case_seconds, self._give_up, [key])
+        self._watch.daemon = True
+        self._watch.start()
+        self._began = time.perf_counter()
+
+    def end(self, key: str, row: dict[str, Any]) -> None:
+        """A case is over."""
+        self._watch.cancel()
         with self._lock:
-            row["seconds"] = round(seconds, 3)
+            row["seconds"] = round(time.perf_counter() - self._began, 3)
             self.rows[key] = row
             self._content["running"] = None
             self._write()
@@ -170,7 +178,7 @@ class PartFile:
         if key in self.rows:
             return
         reason = f"it took more than {self._case_seconds:g} s"
-        self._finish(key, {"status": "time out", "reason": reason}, seconds=self._case_seconds)
+        self.end(key, {"status": "time out", "reason": reason})
         os._exit(TIMED_OUT)
 
     def _write(self) -> None:

@@ -190,7 +190,9 @@ def make_workspaces(device: torch.device) -> None:
 
 
 def _cases(setting: Setting) -> list[tuple[Model, str]]:
-    return [(model, stack) for model in memory_models(setting) for stack in stacks(setting)]
+    return [
+        (model, stack) for model in memory_models(setting) for stack in stacks(setting, model.size)
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

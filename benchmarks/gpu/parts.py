@@ -76,7 +76,7 @@ def _timed(name: str, share_seconds: float, *only: str, module: str = "") -> Par
     )
 
 
-_MEMORY_SHARES = dict(zip(MODEL_SIZES, (25, 25, 30, 40, 65), strict=True))
+_MEMORY_SHARES = dict(zip(MODEL_SIZES, (15, 60, 35, 25, 45), strict=True))
 
 PARTS: dict[str, list[Part]] = {
     "constants": [Part(name="constants", module="constants", share_seconds=20)],
@@ -84,7 +84,7 @@ PARTS: dict[str, list[Part]] = {
     "operators": [Part(name="operators", module="operators", share_seconds=150)],
     "tests": [Part(name="tests", module="device_tests", share_seconds=50)],
     "updates": [_timed("updates", 60)],
-    "speed": [_timed("speed", 70)],
+    "speed": [_timed("speed", 75)],
     "memory": [_timed("memory", share, f"{size} ") for size, share in _MEMORY_SHARES.items()],
     "seventy_b": [
         _timed("seventy_b", 60, "gradients"),

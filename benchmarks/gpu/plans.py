@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Fill plans.json."""
     setting = parse(argv, __doc__ or "")
     part = PartFile(setting, "plans")
-    wanted = [(model, stack) for model in memory_models(setting) for stack in stacks(setting)]
+    wanted = [
+        (model, stack) for model in memory_models(setting) for stack in stacks(setting, model.size)
+    ]
     for packed in ("nf4", "int8"):
         known = seventy_b_stacks(setting, packed=packed).values()
         wanted += [(seventy_b_model(setting), stack) for stack in known]

@@ -17,6 +17,7 @@ from memrt.measure import Workload
 from memrt.planning import Plan, Shape, plan, random_batches
 from memrt.strategy import Strategy
 from memrt.structure import RunSettings
+from memrt.testing import PARTNERS
 
 __all__ = [
     "ADAPTERS",
@@ -34,6 +35,9 @@ __all__ = [
     "workload",
 ]
 
+ADAPTERS = "peft(method='lora', rank=16, targets='all-linear')"
+"""As in examples/70b_on_one_gpu.yaml."""
+
 STACKS = (
     "none",
     "activation_checkpoint",
@@ -41,13 +45,22 @@ STACKS = (
     "galore(rank=128)+activation_checkpoint+fused_loss",
     "lisa+activation_checkpoint+fused_loss",
     "lisa+int8_states",
+    "activation_checkpoint+fused_loss+fp8_states",
+    f"nf4+{ADAPTERS}+activation_checkpoint+fused_loss",
+    "nf4+ladder(taps='pooled', checkpoint=True)+fp8_states+fused_loss",
     "activation_checkpoint+offload_activations",
     "offload_activations",
 )
 """The slowest comes last: pinning the memory for it takes a while."""
 
-ADAPTERS = "peft(method='lora', rank=16, targets='all-linear')"
-"""As in examples/70b_on_one_gpu.yaml."""
+CORE = tuple(STACKS[index] for index in (0, 2, 5, 6, 7, 8))
+"""What is measured of every size."""
+
+ALONE_SIZE = "0.5B"
+"""Of this size every strategy is measured alone, or with its partners."""
+
+CLIPPED = {"adalomo", "in_backward", "lomo"}
+"""Steps in backward, which clip in a second pass."""
 
 DTYPE = torch.bfloat16
 SETTINGS = RunSettings(max_grad_norm=1.0, learning_rate=1e-5)
@@ -97,9 +110,19 @@ def seventy_b_stacks(setting: Setting, *, packed: str = "nf4") -> dict[str, str]
     }
 
 
-def stacks(setting: Setting) -> Sequence[str]:
-    """The stacks of a scale."""
-    return ("none", STACKS[2]) if setting.tiny else STACKS
+def stacks(setting: Setting, size: str) -> Sequence[str]:
+    """The stacks that a model of this size is measured with."""
+    if setting.tiny:
+        return ("none", STACKS[2], STACKS[6])
+    if size == ALONE_SIZE:
+        return ("none", *map(_alone, registry.names()))
+    return STACKS if size in ("1B", "8B") else CORE
+
+
+def _alone(name: str) -> str:
+    """A strategy with its own defaults, and with what it needs beside it."""
+    spec = f"{name}(clip='two_pass')" if name in CLIPPED else name
+    return "+".join([spec, *PARTNERS.get(name, [])])
 
 
 def strategies_of(stack: str) -> list[Strategy]:

@@ -12,8 +12,21 @@ import torch
 from benchmarks.gpu import operator_layers, operator_steps, operators
 from benchmarks.gpu.common import Setting, stack_of
 from benchmarks.gpu.correctness import HIDDEN, Case, cases, refusal
+from benchmarks.gpu.speed import LEFT_OUT
+from benchmarks.gpu.workloads import (
+    DTYPE,
+    SETTINGS,
+    memory_models,
+    seventy_b_stacks,
+    speed_model,
+    stacks,
+    strategies_of,
+)
 from benchmarks.record import ROOT
+from benchmarks.shapes import llama_config
 from memrt import registry, testing
+from memrt.compose import conflicts
+from memrt.planning import facts_of
 from memrt.profiling.ledger import Ledger
 from memrt.runner import start, train_step
 from memrt.structure import RunSettings
@@ -94,3 +107,15 @@ def test_every_operator_with_a_kernel_of_its_own_is_held_to_plain_pytorch() -> N
         if isinstance(node, ast.ImportFrom) and node.module is not None
     }
     assert kernels | layers <= imported
+
+
+def test_no_stack_that_is_measured_is_refused() -> None:
+    """On a small Llama whose side networks can be built; every strategy is measured once."""
+    facts = facts_of(llama_config("0.004B"), dtype=DTYPE, settings=SETTINGS)
+    found = {stack for model in memory_models(FULL) for stack in stacks(FULL, model.size)}
+    found |= {*seventy_b_stacks(FULL).values(), *seventy_b_stacks(FULL, packed="int8").values()}
+    refused = {stack: conflicts(strategies_of(stack), facts) for stack in sorted(found)}
+    assert not {stack: reasons for stack, reasons in refused.items() if reasons}
+    names = {part.partition("(")[0] for stack in found for part in stack_of(stack)}
+    assert names == {*registry.names()}
+    assert {*stacks(FULL, speed_model(FULL).size)} >= {*LEFT_OUT}

@@ -12,15 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import torch
 
-from benchmarks.gpu import common, constants, memory, parts, run, summary
+from benchmarks.gpu import common, constants, memory, parts, run, summary, updates
 from benchmarks.gpu.codes import DEVICE_LOST, NO_DEVICE, TIMED_OUT
 from benchmarks.gpu.common import PartFile, Setting
-from benchmarks.gpu.device_tests import rows_of
 from benchmarks.gpu.parts import DEFAULT_PARTS, PARTS, Part
 from benchmarks.record import ROOT, check_record, write_json
 
@@ -111,7 +109,11 @@ def test_the_strategies_are_right_on_this_device(suite: dict[str, Any]) -> None:
 
 def test_plan_and_ledger_are_equal_here_too(suite: dict[str, Any]) -> None:
     compared = suite["summary"]["summary"]["memory"]
-    assert [row["stack"] for row in compared] == ["none", "activation_checkpoint+fused_loss"]
+    assert [row["stack"] for row in compared] == [
+        "none",
+        "activation_checkpoint+fused_loss",
+        "activation_checkpoint+fused_loss+fp8_states",
+    ]
     for row in compared:
         assert row["plan_equals_ledger"] is True
         assert row["allocated_bytes"] is row["process_bytes"] is row["high_covers_process"] is None
@@ -520,23 +522,77 @@ def test_the_allocators_peaks_are_without_what_was_there_before() -> None:
     assert memory._allocated(SimpleNamespace(allocator=None), None) is None  # type: ignore[arg-type]
 
 
-def test_rows_of_a_junit_report() -> None:
-    report = ElementTree.fromstring(
-        """<testsuites><testsuite>
-        <testcase classname="a" name="one"/>
-        <testcase classname="a" name="two"><skipped message="needs a CUDA device"/></testcase>
-        <testcase classname="b" name="three"><failure message="assert 1 == 2"/></testcase>
-        <testcase classname="b" name="four"><error/></testcase>
-        </testsuite></testsuites>"""
-    )
-    rows = dict(rows_of(report))
-    assert {key: row["status"] for key, row in rows.items()} == {
-        "a::one": "passed",
-        "a::two": "skipped",
-        "b::three": "failed",
-        "b::four": "failed",
+MARKED = """
+import time
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+def test_one():
+    pass
+
+@pytest.mark.skip(reason="needs a CUDA device")
+def test_two():
+    pass
+
+def test_three():
+    assert 1 == 2
+
+def test_four():
+    time.sleep(60)
+
+@pytest.fixture
+def broken():
+    raise KeyError("weights")
+
+def test_five(broken):
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_every_test_is_a_row_and_one_that_hangs_costs_its_own(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(MARKED, "utf-8")
+    (tmp_path / "test_broken.py").write_text("import no_such_module", "utf-8")
+    code = f"""
+import torch
+from pathlib import Path
+from benchmarks.gpu.common import PartFile, Setting
+from benchmarks.gpu.device_tests import run
+folder = Path({str(tmp_path)!r})
+setting = Setting(device=torch.device("cpu"), scale="tiny", output=folder)
+run(PartFile(setting, "tests", case_seconds=2), sorted(folder.glob("test_*.py")))
+"""
+    codes = [
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False, capture_output=True
+        ).returncode
+        for _ in range(2)
+    ]
+    assert codes == [TIMED_OUT, 0]
+    rows = json.loads((tmp_path / "tests.json").read_text("utf-8"))["rows"]
+    assert {key.partition("::")[2]: row["status"] for key, row in rows.items()} == {
+        "": "failed",  # a file that cannot be imported
+        "test_one": "passed",
+        "test_two": "skipped",
+        "test_three": "failed",
+        "test_four": "time out",
+        "test_five": "failed",
     }
-    assert rows["b::three"]["reason"] == "assert 1 == 2"
+    reasons = {key.partition("::")[2]: row["reason"] for key, row in rows.items()}
+    assert reasons["test_three"] == "assert 1 == 2"
+    assert "no_such_module" in reasons[""]
+    assert "weights" in reasons["test_five"]
+
+
+def test_a_refresh_is_what_a_first_step_takes_beside_a_later_one() -> None:
+    times = {
+        "first_seconds": {"whole": 5.0, "update": 3.0},  # the update's has other things in it
+        "later_seconds": {"whole": [1.0, 1.1, 0.9], "update": [0.2, 0.3, 0.1]},
+    }
+    assert updates._update_and_refresh(times) == pytest.approx((0.2, 4.0))
+    times["first_seconds"]["whole"] = 0.5
+    assert updates._update_and_refresh(times) == pytest.approx((0.2, 0.0))
 
 
 # ---------------------------------------------------------------- a device that is made up
