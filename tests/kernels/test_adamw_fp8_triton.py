@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from memrt.kernels.adamw_fp8 import adamw_fp8
+from memrt.kernels.expanded_fp8 import decoding_table, num_groups
 from tests.kernels.adamw_fp8_cases import KEY, call_of, copy_of, new_state
 from tests.kernels.aot import ARCHITECTURES, SHARED_LIMIT_BYTES, compile_ahead
 from tests.kernels.interpreter import call_interpreted
+from tests.kernels.traffic import counted_traffic
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -46,6 +50,31 @@ def test_the_interpreted_kernel_has_the_codes_of_the_reference() -> None:
         if narrow is not torch.float32:  # a rounding of the root seldom reaches a half
             same = found["parameter"] == expected["parameter"]
             assert same.float().mean() > 0.999
+
+
+def counted_step(found: Tensor, **call: Any) -> None:
+    """The bytes of a step's traffic, into `found`."""
+    tensors = [t for name, t in call.items() if isinstance(t, Tensor) and name != "step"]
+    table = decoding_table(torch.device("cpu"))
+    with counted_traffic() as traffic:
+        adamw_fp8(**call)
+    accesses, addresses = traffic.of(tensors)
+    elsewhere = traffic.elsewhere([*tensors, table])
+    found.copy_(torch.tensor([accesses, addresses, elsewhere, traffic.of([table])[1]]))
+
+
+def test_a_step_moves_ten_bytes_an_element() -> None:
+    """Every element of parameter, gradient and state is loaded once and stored once."""
+    n = 2**15 + 67
+    call = call_of(n, dtype=torch.bfloat16, key=KEY)
+    call["found"] = torch.zeros(4, dtype=torch.int64)
+    (left,) = call_interpreted("tests.kernels.test_adamw_fp8_triton:counted_step", [call])
+    accesses, addresses, elsewhere, decoding = left["found"].tolist()
+    assert not torch.equal(left["parameter"], call["parameter"])
+    assert accesses == addresses == 10 * n + 2 * 2 * (4 + 1) * num_groups(n)
+    assert accesses + elsewhere <= 10.5 * n
+    # all parameters of a device share the table, which the cache holds
+    assert 0 < decoding <= 256 * 1024
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
