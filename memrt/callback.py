@@ -25,8 +25,9 @@ __all__ = ["MemoryProfilerCallback", "two_counts"]
 class MemoryProfilerCallback(transformers.TrainerCallback):  # type: ignore[misc]
     """Counts and watches a training run; changes no number of it.
 
-    A Trainer does not tell its callbacks where forward ends, so that the steps after the counted
-    ones are watched as "forward and backward" and "step".
+    A Trainer does not tell its callbacks where forward ends, nor what is in a batch, so that the
+    steps after the counted ones are watched as "forward and backward" and "step", and the report
+    has no tokens per second.
 
     Writes `report.md` and `report.json` into `folder`, or into `memrt` inside the Trainer's output
     folder: when the counted steps are over, and again at the end of training. A Trainer tells its

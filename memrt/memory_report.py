@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from memrt.profiling.render import to_markdown
 from memrt.profiling.render_html import to_html
 from memrt.profiling.report import SCHEMA, conditions, timeline_json
 from memrt.profiling.snapshot import VIEWER, AllocatorHistory, write_snapshot
+from memrt.throughput import Throughput
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,6 +56,7 @@ class MemoryReport:
         self._monitor = Monitor(device=device)
         self._marks = PhaseMarks(self._monitor)
         self._history = AllocatorHistory(device)
+        self._throughput = Throughput()
         self._counting = ExitStack()
         self._watches = self._in_step = False
         self._phases: list[str] = []  # that are open, the innermost last
@@ -77,6 +80,8 @@ class MemoryReport:
         if self.counts:
             self._marks.enter("counted")
             self._counting.enter_context(self.ledger)
+        else:
+            self._throughput.begin_step()
 
     def end_step(self) -> bool:
         """An optimizer step is over; whether it was the last one to count."""
@@ -84,6 +89,7 @@ class MemoryReport:
         self._counting.close()
         self._marks.enter(None)
         if not self.counts:
+            self._throughput.end_step()
             return False
         self.num_counted += 1
         if not self.counts:
@@ -122,6 +128,12 @@ class MemoryReport:
                 yield
         finally:
             self._phases.pop()
+            self._throughput.restart()
+
+    def add_tokens(self, inputs: Any) -> None:
+        """A micro-batch goes to the model."""
+        if self._in_step and not self.counts and isinstance(inputs, Mapping):
+            self._throughput.add(inputs)
 
     def log_values(self) -> dict[str, float]:
         """Memory, power and utilisation of now, for a line of the log."""
@@ -178,7 +190,7 @@ class MemoryReport:
             "num_counted_steps": self.num_counted,
             "predicted": None,
             "monitor": self._monitor.report().to_json(),
-            "tokens_per_second": None,
+            "tokens_per_second": self._throughput.tokens_per_second,
             "loss": losses[-1]["loss"] if losses else None,
             "losses": losses,
             "evaluation_loss": evaluations[-1]["loss"] if evaluations else None,
@@ -218,6 +230,12 @@ class ReportMixin(CheckpointMixin):
             return super().compute_loss(*args, **kwargs)
         with self._report.forward():
             return super().compute_loss(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)
+        if self._report is not None:
+            self._report.add_tokens(prepared)
+        return prepared
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' `train`, watched from where it resumes on."""

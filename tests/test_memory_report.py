@@ -113,6 +113,35 @@ def test_several_evaluation_sets_are_one_evaluation(tmp_path: Path) -> None:
     assert phases["evaluate"]["seconds"] <= spans[-1]
 
 
+def test_the_report_tells_tokens_per_second_of_the_steps_after_the_counted_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that ticks once whenever it is read: a second for each step, and none beside."""
+    ticks = iter(range(1000))
+    monkeypatch.setattr("memrt.throughput.perf_counter", lambda: float(next(ticks)))
+    seen: list[int] = []
+    theirs = transformers.Trainer._prepare_inputs
+
+    def prepare(self: Any, inputs: Any) -> Any:
+        prepared = theirs(self, inputs)
+        if self.model.training and self.state.global_step >= 3:
+            mask = prepared.get("attention_mask")
+            seen.append(prepared["input_ids"].numel() if mask is None else int(mask.sum()))
+        return prepared
+
+    monkeypatch.setattr(transformers.Trainer, "_prepare_inputs", prepare)
+    options: dict[str, Any] = {"memory_report": True, "gradient_accumulation_steps": 2}
+    held_out = {"eval_dataset": examples("llama", count=4)}
+    run(tmp_path, max_steps=5, eval_strategy="steps", eval_steps=4, options=held_out, **options)
+    report = json.loads((tmp_path / "memrt/report.json").read_text())
+    assert len(seen) == 4  # two steps of two micro-batches
+    assert report["tokens_per_second"] == sum(seen) / 2
+    assert "- tokens/s: " in (tmp_path / "memrt/report.md").read_text("utf-8")
+    run(tmp_path / "short", max_steps=3, **options)
+    short = json.loads((tmp_path / "short/memrt/report.json").read_text())
+    assert short["tokens_per_second"] is None
+
+
 def test_resuming_is_a_phase_of_the_report(tmp_path: Path) -> None:
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
     run(tmp_path, **options)
