@@ -41,6 +41,7 @@ def _settings(settings: RunSettings, strategies: Sequence[Strategy]) -> list[Par
     rest = Promise.PARAMETERS_REST_IN_BACKWARD
     every = Promise.EVERY_PARAMETER_GETS_A_GRADIENT
     formed = Promise.GRADIENT_IS_FORMED
+    whole = Promise.PARAMETERS_STAY_WHOLE
     found = []
     if settings.max_grad_norm > 0 and not any(strategy.clips for strategy in strategies):
         found.append(
@@ -62,7 +63,13 @@ def _settings(settings: RunSettings, strategies: Sequence[Strategy]) -> list[Par
             Participant(name="gradient_checkpointing=True", claims=(Claim(slot=Slot.RECOMPUTE),))
         )
     if settings.sharded:
-        found.append(Participant(name=settings.sharded, needs=frozenset({outlive, formed, every})))
+        found.append(
+            Participant(
+                name=settings.sharded,
+                needs=frozenset({outlive, formed, every}),
+                breaks=frozenset({whole} if settings.splits_parameters else ()),
+            )
+        )
     return found
 
 

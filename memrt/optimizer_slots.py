@@ -115,6 +115,12 @@ def build_optimizer(
     if not rules:
         plain = [{**group, "params": [p for _, p in group["params"]]} for group in groups]
         return torch.optim.AdamW(plain, fused=True, **options), {}
+    if settings.splits_parameters:  # such as of adapters in bf16, which are known only by now
+        raise ValueError(
+            f"{settings.sharded} exchanges parameters for parts of them, and memrt's AdamW, which "
+            f"takes those of this run, needs them whole; leave {settings.sharded} out, or let what "
+            "trains be fp32"
+        )
     other = _other_optimizer(rules, groups, options)
     if other is not None:
         return other, {}

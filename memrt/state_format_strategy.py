@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from memrt.optimizer_slots import require_adamw
 from memrt.profiling.accounts import Account
-from memrt.strategy import Attachment, Claim, Phase, Rule, Slot, Strategy
+from memrt.strategy import Attachment, Claim, Phase, Promise, Rule, Slot, Strategy
 
 if TYPE_CHECKING:
     from memrt.session import Session
@@ -34,6 +34,7 @@ class StateFormatStrategy(Strategy):
 
     phase: ClassVar[Phase] = Phase.UPDATE
     lowers: ClassVar[tuple[Account, ...]] = (Account.OPTIMIZER,)
+    needs: ClassVar[frozenset[Promise]] = frozenset({Promise.PARAMETERS_STAY_WHOLE})
     state_format: ClassVar[str]
 
     def check(self, facts: Facts) -> None:

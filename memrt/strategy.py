@@ -73,6 +73,7 @@ class Promise(str, Enum):
     EVERY_PARAMETER_GETS_A_GRADIENT = "every parameter gets a gradient"
     BACKWARD_SEES_FORWARD = "backward sees the activations that forward computed"
     GRADIENT_IS_FORMED = "a weight's full gradient exists"
+    PARAMETERS_STAY_WHOLE = "parameters stay whole tensors"
 
 
 EVERYTHING: frozenset[str] = frozenset({"*"})

@@ -156,7 +156,7 @@ class RunSettings:
     fp16: bool = False
     data_parallel: bool = False
     sharded: str | None = None
-    """`"fsdp"` or `"deepspeed"` when one of them owns the parameters."""
+    """`"fsdp"` or `"deepspeed"` when one of them owns the parameters; or who sums gradients."""
     gradient_checkpointing: bool = False
     label_smoothing: float = 0.0
     custom_loss: bool = False
@@ -165,6 +165,11 @@ class RunSettings:
     seed: int = 42
     stochastic_rounding: bool = True
     """Of bf16 weights, by the composed AdamW; torch's own rounds to the nearest."""
+
+    @property
+    def splits_parameters(self) -> bool:
+        """Whether parameters are exchanged for parts of them once the optimizer is made."""
+        return self.sharded in ("fsdp", "deepspeed")
 
     def __post_init__(self) -> None:
         for name, (argument, example) in _NUMBERS.items():

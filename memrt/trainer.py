@@ -182,7 +182,6 @@ class MemoryMixin(TrainingStepMixin, EvaluationMixin, ReportMixin):
             sharded=sharded,
             gradient_checkpointing=recomputes or found.gradient_checkpointing,
             custom_loss=self.compute_loss_func is not None,
-            liger_kernels=bool(args.use_liger_kernel),
         )
 
     def _own_optimizer(self) -> str | None:

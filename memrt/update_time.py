@@ -38,6 +38,7 @@ class UpdateInBackward(Strategy):
 
     phase: ClassVar[Phase] = Phase.UPDATE
     lowers: ClassVar[tuple[Account, ...]] = (Account.GRADIENTS,)
+    needs: ClassVar[frozenset[Promise]] = frozenset({Promise.PARAMETERS_STAY_WHOLE})
     # parameters do rest while the step reads them: layers that are run again and micro-batches that
     # are summed see the weights of forward
     breaks: ClassVar[frozenset[Promise]] = frozenset({Promise.GRADIENTS_OUTLIVE_BACKWARD})

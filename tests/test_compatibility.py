@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import ClassVar
 
@@ -22,8 +22,10 @@ from memrt.compatibility import (
     verdict_of,
 )
 from memrt.compatibility_sections import matrix_sections
+from memrt.compose import conflicts
 from memrt.profiling.fake import fake_tensors
 from memrt.profiling.render import sections_to_markdown
+from memrt.session import Session
 from memrt.strategy import Claim, Slot, Strategy
 from memrt.structure import Facts, RunSettings, discover
 from memrt.testing import tiny_model
@@ -68,6 +70,30 @@ def test_the_matrix_has_every_strategy_and_pair(matrix: Compatibility) -> None:
     assert matrix.pair("lisa", "badam").text == "no"
     assert matrix.settings[("lisa", "fsdp")].text == "no"
     assert json.loads(json.dumps(matrix.to_json()))["schema"] == "memrt.compatibility/1"
+
+
+def test_who_builds_on_memrts_optimizer_is_refused_where_parameters_are_split() -> None:
+    """FSDP and DeepSpeed exchange the parameters that the optimizer was given; DDP does not."""
+    words, bringing = "needs that parameters stay whole tensors, which {} breaks", set()
+    for name, spec in SPECS.items():
+        strategy, model = registry.parse(spec), tiny_model("llama")
+        facts = Facts(model=model, structure=discover(model), settings=RunSettings())
+        if conflicts([strategy], facts):
+            continue  # it changes nothing but beside another
+        refused = {
+            sharded: "\n".join(
+                conflicts([strategy], replace(facts, settings=RunSettings(sharded=sharded)))
+            )
+            for sharded in ("fsdp", "deepspeed", "distributed data parallel")
+        }
+        session = Session(model, [strategy])
+        if session.rules():
+            bringing.add(name)
+        session.detach()
+        for sharded in ("fsdp", "deepspeed"):
+            assert (words.format(sharded) in refused[sharded]) is (name in bringing), name
+        assert "whole" not in refused["distributed data parallel"], name
+    assert {"int8_states", "fp8_states", "int4_states", "apollo", "fira", "galore"} <= bringing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

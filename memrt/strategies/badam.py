@@ -59,6 +59,7 @@ class Badam(Strategy):
     name: ClassVar[str] = "badam"
     phase: ClassVar[Phase] = Phase.TRAINABLE
     lowers: ClassVar[tuple[Account, ...]] = (Account.GRADIENTS, Account.OPTIMIZER)
+    needs: ClassVar[frozenset[Promise]] = frozenset({Promise.PARAMETERS_STAY_WHOLE})
     breaks: ClassVar[frozenset[Promise]] = frozenset({Promise.EVERY_PARAMETER_GETS_A_GRADIENT})
 
     every: int = 50

@@ -51,6 +51,7 @@ class Lisa(Strategy):
     name: ClassVar[str] = "lisa"
     phase: ClassVar[Phase] = Phase.TRAINABLE
     lowers: ClassVar[tuple[Account, ...]] = (Account.GRADIENTS, Account.OPTIMIZER)
+    needs: ClassVar[frozenset[Promise]] = frozenset({Promise.PARAMETERS_STAY_WHOLE})
     breaks: ClassVar[frozenset[Promise]] = frozenset({Promise.EVERY_PARAMETER_GETS_A_GRADIENT})
 
     layers: int = 2
