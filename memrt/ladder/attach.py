@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterator
 from functools import cache, wraps
 from itertools import pairwise
+from types import CodeType
 from typing import Any, TypeAlias
 
 import torch
@@ -182,29 +183,35 @@ def _child(parent: str, name: str) -> str:
 
 
 def final_norm(model: nn.Module, stack: LayerStack) -> str | None:
-    """The norm after a stack: a norm module that is registered behind it, beside it or further out.
+    """The norm after a stack: a norm module that is used behind it, beside it or further out.
 
     Only within the model's body: a norm in a head comes after other layers.
     """
     path = _path(stack.name)
     for parent, inside in zip(reversed(path[:-1]), reversed(path[1:]), strict=True):
         module = model.get_submodule(parent)
-        behind = False
         for child_name, child in module.named_children():
-            name = _child(parent, child_name)
-            if name == inside:
-                behind = True
-            elif behind and _is_norm(child_name, child):
-                return name
+            is_norm = "norm" in type(child).__name__.lower()
+            if is_norm and _follows(module, child_name, inside.rpartition(".")[2]):
+                return _child(parent, child_name)
         if hasattr(module, "config") and hasattr(module, "base_model_prefix"):
             return None  # the body ends here
     return None
 
 
-def _is_norm(name: str, module: nn.Module) -> bool:
-    """Not the norm of the embeddings, which BART and others register behind the blocks."""
-    of_embeddings = "embedding" in name or name.endswith("_emb")
-    return "norm" in type(module).__name__.lower() and not of_embeddings
+def _follows(parent: nn.Module, name: str, stack: str) -> bool:
+    """Whether the forward of `parent` uses a child only after another.
+
+    BART registers the norm of its embeddings behind the blocks, and T5Gemma its final norm before
+    them; what neither is seen in the forward goes by the order in which it was registered.
+    """
+    code: CodeType = inspect.unwrap(type(parent).forward).__code__
+    used = [each for each in code.co_names if each in (stack, name)]  # by their first use
+    if len(used) < 2:
+        used = [each for each, _ in parent.named_children() if each in (stack, name)]
+        if "embedding" in name or name.endswith("_emb"):
+            return False
+    return used == [stack, name]
 
 
 def holders(model: nn.Module, stack: LayerStack, body: str) -> list[str]:
@@ -230,6 +237,7 @@ def modules_before_the_join(model: nn.Module, structure: Structure) -> list[str]
     """Modules outside the blocks that run before the side joins: embeddings and their dropout."""
     found: list[str] = []
     on_path = {name for stack in structure.stacks for name in _path(stack.name)}
+    norms = {final_norm(model, stack) for stack in structure.stacks}
     for stack in structure.stacks:
         for parent in _path(stack.name)[:-1]:
             behind = False
@@ -238,7 +246,8 @@ def modules_before_the_join(model: nn.Module, structure: Structure) -> list[str]
                 behind = behind or name in on_path
                 # T5 uses one dropout before and behind its blocks
                 dropout = isinstance(child, nn.Dropout) and parent == _path(stack.name)[-2]
-                if name not in on_path and name not in found and (not behind or dropout):
+                known = name in on_path or name in norms or name in found
+                if not known and (not behind or dropout):
                     found.append(name)
     return found
 

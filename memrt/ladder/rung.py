@@ -39,8 +39,8 @@ class Stream:
         self.rotary: dict[int, tuple[Any, Any]] = {}
         self.memory: Tensor | None = None
         """Of an encoder: the end of its side network, for the decoder's cross-attention."""
-        self.mark: Tensor | None = None
-        """Of an encoder: what its output is known by, [batch, tokens, channels]."""
+        self.mark: tuple[int, Tensor] | None = None
+        """Of an encoder: what its output is known by: its length, [batch, tokens, channels]."""
         self._known: weakref.ref[Tensor] | None = None
         self.encoder: Stream | None = None
 
@@ -80,19 +80,25 @@ class Stream:
                 "the decoder was given encoder_outputs of another run of the encoder than the "
                 "last, whose side network's end its ladder attends to; pass input_ids"
             )
+        memory = memory[:, : given.shape[1]]  # LED drops what it padded behind its encoder
         return memory if repeats == 1 else memory.repeat_interleave(repeats, dim=0)
 
     def remember(self, memory: Tensor, output: Tensor, *, settled: bool) -> None:
         """The end of an encoder's side network; `settled`: nothing drops out behind `output`."""
         self.memory = memory
-        self.mark = _mark(output).clone() if settled else None
+        self.mark = (output.shape[1], _mark(output).clone()) if settled else None
         self._known = None
 
     def knows(self, given: Tensor, repeats: int) -> bool:
         """Whether `given` is the remembered output, or that with its rows repeated."""
         if self.mark is None or (self._known is not None and self._known() is given):
             return True  # every block of the decoder is given the same tensor
-        marked = _is_marked(given, self.mark, repeats)
+        length, mark = self.mark
+        if given.shape[1] < length:  # cut behind the encoder, with its last token
+            mark = mark[:, :1]
+            marked = _is_marked(given[:, :1], mark, repeats)
+        else:
+            marked = _is_marked(given, mark, repeats)
         if marked:
             self._known = weakref.ref(given)
         return marked
@@ -147,8 +153,14 @@ class Call:
         yield from ((name, value) for name, value in self.kwargs.items() if name not in first)
 
 
-_BIASES = {"position_bias": 1, "encoder_decoder_position_bias": 2}
-"""Biases on attention scores that a block hands on in its output, and where."""
+_BIASES = ("position_bias", "encoder_decoder_position_bias")
+"""Biases on attention scores that a block hands on in its output."""
+
+
+def _handed_on(name: str, output: Any) -> Any:
+    """A bias in a block's output, where LongT5 has its attentions' weights between the two."""
+    place = 1 if name == _BIASES[0] else 3 if len(output) > 3 else 2
+    return output[place] if place < len(output) else None
 
 
 class Rung(nn.Module):
@@ -199,8 +211,9 @@ class Rung(nn.Module):
             elif name == "encoder_hidden_states" and value is not None:
                 value = self.stream.side_memory(value)
             elif name in _BIASES and self.heads is not None:
-                value = output[_BIASES[name]]
-                value = None if value is None else value.detach().index_select(1, self.heads)
+                value = _handed_on(name, output)
+                if value is not None:  # [..., heads, queries, keys], of LongT5 block by block
+                    value = value.detach().index_select(-3, self.heads)
             arguments[name] = value
         return arguments
 

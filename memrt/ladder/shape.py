@@ -35,7 +35,7 @@ __all__ = [
 MIN_HEAD_WIDTH = 16
 
 _WIDTH_KEYS = ("hidden_size", "word_embed_proj_dim")
-_FFN_KEYS = (
+_DIVIDED_KEYS = (
     "intermediate_size",
     "n_inner",
     "d_ff",
@@ -45,6 +45,7 @@ _FFN_KEYS = (
     "ffn_hidden_size",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
+    "cross_attention_hidden_size",  # of an encoder that is as many times narrower
 )
 _HEAD_KEYS = ("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads")
 _KEY_HEAD_KEYS = ("num_key_value_heads", "num_kv_heads")
@@ -130,7 +131,7 @@ def narrow_config(config: Any, reduction: int) -> Any:
     wide = Widths.of(config)
     widths = _narrow_latent(wide, reduction) if _is_latent(config) else None
     widths = widths or wide.narrowed(reduction, own_head_dim=own_head_dim)
-    for key in _FFN_KEYS:
+    for key in _DIVIDED_KEYS:
         size = getattr(config, key, None)
         if size is not None:
             setattr(narrow, key, _divided(key, int(size), reduction))

@@ -59,9 +59,15 @@ STARTS = ("exact", "lst", "qst")
 INITS = ("auto", "magnitude", "fisher", "principal", "random")
 ON_DATA = ("fisher", "principal")
 HEADS = ("auto", "frozen", "trained")
-# of DeBERTa, Gemma 3n, Zamba and Mllama
+# of DeBERTa, Gemma 3n, Zamba, Mllama and PEGASUS-X
 WIDE_ARGUMENTS = frozenset(
-    {"rel_embeddings", "per_layer_input", "original_hidden_states", "cross_attention_states"}
+    {
+        "rel_embeddings",
+        "per_layer_input",
+        "original_hidden_states",
+        "cross_attention_states",
+        "global_hidden_states",
+    }
 )
 
 
@@ -184,6 +190,11 @@ class Ladder(Strategy):
             raise ValueError(
                 f"{kind} has {len(stacks)} lists of repeated blocks ({names}), not one"
             )
+        if getattr(facts.model, "enc_to_dec_proj", None) is not None:
+            raise ValueError(
+                f"{kind} brings its encoder to the width of its decoder by enc_to_dec_proj, which "
+                "the side network has not; use an encoder and a decoder of one width"
+            )
         for stack in stacks:
             self._check_stack(facts, stack)
         if self.init in ("magnitude", *ON_DATA):
@@ -213,6 +224,12 @@ class Ladder(Strategy):
             config: Any = facts.model.get_submodule(body).config
             if getattr(config, "num_attention_heads", None) is None:
                 raise ValueError(f"{stack.name} has no attention heads that could be fewer")
+            if getattr(config, "attention_type", None) == "block_sparse":
+                raise ValueError(
+                    f"attention_type='block_sparse': {stack.name} changes its attention with the "
+                    "length of a batch, and the side network could not follow; load the model with "
+                    "attention_type='original_full'"
+                )
             narrow_config(config, self.reduction)  # refuses what it cannot divide
             _refuse_arguments(stack, config)
 

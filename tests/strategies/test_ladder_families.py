@@ -91,7 +91,87 @@ def umt5() -> Any:
     return model
 
 
+def longt5(**values: Any) -> Any:
+    config = transformers.LongT5Config(**RELATIVE, local_radius=3, **values)
+    return transformers.LongT5ForConditionalGeneration(config)
+
+
+def t5gemma(*, encoder_hidden: int = 64) -> Any:
+    part: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 99,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    config = transformers.T5GemmaConfig(
+        encoder=transformers.T5GemmaModuleConfig(**{**part, "hidden_size": encoder_hidden}),
+        decoder=transformers.T5GemmaModuleConfig(**part),
+        vocab_size=99,
+    )
+    return transformers.T5GemmaForConditionalGeneration(config)
+
+
+def bigbird_pegasus(*, attention_type: str = "original_full") -> Any:
+    config = transformers.BigBirdPegasusConfig(**STACKS, attention_type=attention_type)
+    return transformers.BigBirdPegasusForConditionalGeneration(config)
+
+
+def led() -> Any:
+    config = transformers.LEDConfig(
+        **STACKS,
+        attention_window=4,
+        max_encoder_position_embeddings=64,
+        max_decoder_position_embeddings=64,
+    )
+    return transformers.LEDForConditionalGeneration(config)
+
+
+def trocr(*, encoder_hidden: int = 64, **values: Any) -> Any:
+    encoder = transformers.ViTConfig(
+        **{**SIZES, "hidden_size": encoder_hidden},
+        intermediate_size=64,
+        image_size=16,
+        patch_size=8,
+    )
+    decoder = transformers.TrOCRConfig(
+        d_model=64,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=64,
+        vocab_size=99,
+        max_position_embeddings=64,
+        **values,
+    )
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return transformers.VisionEncoderDecoderModel(config=config)
+
+
+def nanochat() -> Any:
+    """One norm before and behind its blocks."""
+    config = transformers.NanoChatConfig(
+        **SIZES, num_key_value_heads=4, intermediate_size=64, vocab_size=99
+    )
+    return transformers.NanoChatForCausalLM(config)
+
+
 MODELS: dict[str, Any] = {
+    "longt5": longt5,
+    "longt5, global": lambda: longt5(encoder_attention_type="transient-global"),
+    "t5gemma": t5gemma,
+    "t5gemma, wide encoder": lambda: t5gemma(encoder_hidden=128),
+    "bigbird_pegasus": bigbird_pegasus,
+    "trocr": lambda: trocr(cross_attention_hidden_size=64),
+    "trocr, wide encoder": lambda: trocr(encoder_hidden=128, cross_attention_hidden_size=128),
+    "nanochat": nanochat,
     "umt5": umt5,
     "bart": lambda: bart(dropout=0.3, attention_dropout=0.3, activation_dropout=0.3),
     "bart, layers dropped": lambda: bart(encoder_layerdrop=0.5, decoder_layerdrop=0.5),
@@ -104,10 +184,13 @@ MODELS: dict[str, Any] = {
 
 def built(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(0)
-    model: nn.Module = MODELS[name]().train()
+    model: nn.Module = led() if name == "led" else MODELS[name]()
+    model.train()
+    labels = torch.arange(3, 17).view(2, 7)
     if name == "whisper":
-        labels = torch.arange(3, 17).view(2, 7)
         return model, {"input_features": torch.randn(2, 8, 16), "labels": labels}
+    if name.startswith("trocr"):
+        return model, {"pixel_values": torch.randn(2, 3, 16, 16), "labels": labels}
     return model, tiny_batches("vit" if name == "dinov2" else "llama")[0]
 
 
@@ -149,20 +232,31 @@ def test_the_model_itself_still_says_whether_it_trains(name: str) -> None:
     assert model.train().training
 
 
-def test_a_norm_of_the_embeddings_is_no_final_norm() -> None:
-    """BART and mBART register it behind the blocks; mBART has a final norm too."""
+def test_the_final_norm_is_the_one_that_is_used_behind_the_blocks() -> None:
+    """BART and mBART register that of the embeddings there, and T5Gemma its final one before them.
+
+    mBART has a final norm too, and BigBirdPegasus one by the name of BART's other.
+    """
     models: list[nn.Module] = [
         bart(),
         transformers.MBartForConditionalGeneration(transformers.MBartConfig(**STACKS)),
+        bigbird_pegasus(),
+        t5gemma(),
+        opt(),
+        nanochat(),
     ]
     found = [[final_norm(m, stack) for stack in discover(m).stacks] for m in models]
     assert found == [
         [None, None],
         ["model.encoder.layer_norm", "model.decoder.layer_norm"],
+        ["model.encoder.layernorm_embedding", "model.decoder.layernorm_embedding"],
+        ["model.encoder.norm", "model.decoder.norm"],
+        ["model.decoder.final_layer_norm"],
+        [None],
     ]
 
 
-@pytest.mark.parametrize("name", ["bart", "gpt_neo"])
+@pytest.mark.parametrize("name", ["bart", "gpt_neo", "led"])
 def test_generation_is_that_of_the_whole_forward(name: str) -> None:
     model, batch = built(name)
     session = memrt.prepare(model, ["ladder(reduction=2)"], lr=3e-2)
@@ -186,13 +280,30 @@ def test_generation_is_that_of_the_whole_forward(name: str) -> None:
     assert made[0].shape[1] > 8
 
 
-def test_blocks_that_are_given_more_of_the_backbone_s_width_are_refused() -> None:
+def deberta() -> Any:
     config = transformers.DebertaV2Config(
         **SIZES, intermediate_size=64, vocab_size=99, relative_attention=True
     )
-    model = transformers.DebertaV2ForMaskedLM(config)
+    return transformers.DebertaV2ForMaskedLM(config)
+
+
+def pegasus_x() -> Any:
+    return transformers.PegasusXForConditionalGeneration(transformers.PegasusXConfig(**STACKS))
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (deberta, "given rel_embeddings of the model's own width"),
+        (pegasus_x, "given global_hidden_states of the model's own width"),
+        (lambda: bigbird_pegasus(attention_type="block_sparse"), "attention_type='original_full'"),
+        (lambda: trocr(encoder_hidden=128), "of its decoder by enc_to_dec_proj"),
+    ],
+)
+def test_what_a_side_network_could_not_follow_is_refused(build: Any, reason: str) -> None:
+    model = build()
     kinds = [type(module) for module in model.modules()]
-    with pytest.raises(ConflictError, match="given rel_embeddings of the model's own width"):
+    with pytest.raises(ConflictError, match=reason):
         memrt.prepare(model, ["ladder(reduction=2)"])
     assert [type(module) for module in model.modules()] == kinds
 
