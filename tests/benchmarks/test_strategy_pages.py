@@ -212,7 +212,7 @@ def test_a_page_says_what_the_docstring_says(matrix: Compatibility) -> None:
     assert "| `rank` | `128` | of the subspace." in page
     assert "| lowers | gradients, optimizer |" in page
     assert "| breaks | a weight's full gradient exists |" in page
-    assert "| `fsdp` | all | fsdp needs that a weight's full gradient exists" in page
+    assert "; fsdp needs that a weight's full gradient exists, which galore breaks" in page
     partners = ", ".join(f"[`{name}`]({name}.md)" for name in ("badam", "fused_loss", "lisa"))
     assert f"Together with: {partners}." in page
     refused = strategy_pages.strategy_page("lisa", matrix)
