@@ -26,7 +26,8 @@ class Float32(StateFormat):
     fp32 parameters are stepped by torch's fused kernel, all of a group at once, without temporaries
     and with its bits. Other dtypes, and layouts that are not contiguous (where the fused kernel can
     be wrong), are stepped through temporary fp32 copies of parameter and gradient, 8 bytes an
-    element, of at most `PIECE_ELEMENTS` elements at a time (a non-contiguous parameter: whole).
+    element, of `PIECE_ELEMENTS` elements at a time, or of a sixteenth of the parameter where that
+    is more: 250 MiB for 128256 x 4096. What is not contiguous is copied whole.
     """
 
     name: ClassVar[str] = "float32"
