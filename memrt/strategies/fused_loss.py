@@ -21,9 +21,12 @@ from memrt.head import check_head, logit_transform
 from memrt.kernels.linear_cross_entropy import linear_cross_entropy
 from memrt.profiling.accounts import Account
 from memrt.registry import register
+from memrt.strategies.peft import Peft
 from memrt.strategy import Attachment, Claim, Phase, Slot, Strategy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from memrt.session import Session
     from memrt.structure import Facts
 
@@ -59,6 +62,22 @@ class FusedLoss(Strategy):
         """Needs a causal or masked language model whose head is a linear layer."""
         check_head(facts)
 
+    def check_stack(self, others: Sequence[Strategy], facts: Facts) -> None:
+        """The head must stay the layer that `check` saw: its weight is read chunk by chunk."""
+        head = facts.structure.head
+        for other in others if head is not None else ():
+            formats = (c for c in other.claims(facts) if c.slot is Slot.WEIGHT_FORMAT)
+            if any(f"{head}.weight" in claim.scope for claim in formats):
+                raise ValueError(
+                    f"{other} packs the head {head!r}, whose weight is read as it is; "
+                    "leave its head=True out"
+                )
+            if isinstance(other, Peft) and other.changes(facts.model, str(head)):
+                raise ValueError(
+                    f"{other} adapts the head {head!r} or trains a copy of it, and only a plain "
+                    "linear layer can be taken over; leave the head out there, or fused_loss here"
+                )
+
     def claims(self, facts: Facts) -> list[Claim]:
         """Head and loss."""
         return [Claim(slot=Slot.HEAD)]
@@ -75,7 +94,11 @@ class _FusedLoss(Attachment):
         super().__init__(settings, run)
         assert run.facts.structure.head is not None
         head = run.model.get_submodule(run.facts.structure.head)
-        assert isinstance(head, nn.Linear)
+        if not isinstance(head, nn.Linear):
+            raise ValueError(
+                f"the head {run.facts.structure.head!r} is a {type(head).__name__} by now, not a "
+                "plain linear layer; leave out what changes it, or fused_loss"
+            )
         self._head = head
         self._transform = logit_transform(run.facts)
 

@@ -184,6 +184,12 @@ class Peft(Strategy):
             config.modules_to_save = heads or None
         return config
 
+    def changes(self, model: nn.Module, name: str) -> bool:
+        """Whether a module of a model gets adapters, or a copy that trains in its place."""
+        config = self.build_for(model)
+        copied = getattr(config, "modules_to_save", None) or ()
+        return _is_target(name, config) or any(name.endswith(part) for part in copied)
+
     def _values(self, cls: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         """The settings by PEFT's names; an option stands in for one that is not given."""
         known = {option.name: option.default for option in fields(cls)}

@@ -568,6 +568,25 @@ def test_a_head_that_is_no_plain_linear_layer_is_refused() -> None:
     assert "the head 'lm_head' of LlamaForCausalLM is a Adapted, not a plain" in refusal(model)
 
 
+@pytest.mark.parametrize(
+    ("others", "reason"),
+    [
+        (["peft(rank=2, options={'modules_to_save': ['lm_head']})"], "trains a copy of it"),
+        (["peft(rank=2, targets=['q_proj', 'lm_head'])"], "adapts the head 'lm_head'"),
+        (["nf4(head=True)", "peft(rank=2)"], "packs the head 'lm_head'"),
+    ],
+)
+def test_a_head_that_the_rest_of_the_stack_changes_is_refused(
+    others: list[str], reason: str
+) -> None:
+    model = model_of("llama")
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ConflictError, match=reason):
+        memrt.prepare(model, [*others, "fused_loss"])
+    assert [type(module) for module in model.modules()] == kinds
+    memrt.prepare(model, ["nf4", "peft(rank=2, targets=['q_proj'])", "fused_loss"])
+
+
 def test_settings_that_need_logits_are_refused() -> None:
     smooth = refusal(build("llama"), RunSettings(label_smoothing=0.1))
     assert "label_smoothing_factor=0.1 needs logits" in smooth
