@@ -138,9 +138,23 @@ def _selective_context(groups: tuple[str, ...]) -> Callable[[], Any]:
     return partial(create_selective_checkpoint_contexts, policy)
 
 
-def _is_cache(value: Any) -> bool:
-    """A key-value cache: the layer would write it twice, and training does not read it."""
-    return hasattr(value, "update") and hasattr(value, "get_seq_length")
+def _without_cache(layer: Any, value: Any) -> Any:
+    """None for a key-value cache: the layer would write it twice, and training does not read it."""
+    if not (hasattr(value, "update") and hasattr(value, "get_seq_length")):
+        return value
+    cache = getattr(value, "self_attention_cache", value)
+    indices = (getattr(module, "layer_idx", None) for module in layer.modules())
+    index = next((found for found in indices if isinstance(found, int)), 0)
+    # only the layer's own: its neighbours may have filled theirs in this forward
+    for own in getattr(cache, "layers", [cache])[index : index + 1]:
+        held = own.get_seq_length() if hasattr(own, "get_seq_length") else 0
+        if held:
+            raise ValueError(
+                f"activation_checkpoint runs layers again without a key-value cache, and this one "
+                f"holds {int(held)} positions before the batch (prefix tuning puts them there); "
+                "train without activation_checkpoint"
+            )
+    return None
 
 
 def _checkpointed(kind: type[nn.Module], context: Callable[[], Any] | None) -> type[nn.Module]:
@@ -156,8 +170,8 @@ def _checkpointed(kind: type[nn.Module], context: Callable[[], Any] | None) -> t
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             if not (self.training and torch.is_grad_enabled()):
                 return plain(self, *args, **kwargs)
-            args = tuple(None if _is_cache(value) else value for value in args)
-            fixed = {n: None if _is_cache(value) else value for n, value in kwargs.items()}
+            args = tuple(_without_cache(self, value) for value in args)
+            fixed = {name: _without_cache(self, value) for name, value in kwargs.items()}
             # Tensors go in as positional arguments: only those pass the saved-tensor hooks, so
             # that other strategies and the ledger see them.
             names = [name for name, value in fixed.items() if isinstance(value, Tensor)]
