@@ -49,6 +49,15 @@ def test_the_report_of_a_run_tells_what_every_strategy_saves(memrt: Command) -> 
     assert planned.report["waterfall"] == rows
 
 
+def test_a_model_whose_own_code_is_trusted_is_planned_without_strategies_too(
+    memrt: Command,
+) -> None:
+    predicted, _ = _report(memrt, "--strategies", "int8_states", "--trust-remote-code", "true")
+    none, whole = predicted["waterfall"]
+    assert none["peak_bytes"] > whole["peak_bytes"] == predicted["peak_bytes"]
+    assert whole["step_bytes"] == whole["saved_bytes"] > 0
+
+
 def test_a_run_does_not_wait_long_for_its_waterfall(
     memrt: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
