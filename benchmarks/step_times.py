@@ -113,7 +113,7 @@ def case_ids(case: Mapping[str, Any], sequence_length: int, device: torch.device
 
 def case_model(case: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The case's model, random and in training mode."""
-    return memrt.load(case_config(case), dtype=dtype, seed=0).to(device).train()
+    return memrt.load(case_config(case), dtype=dtype, device=device, seed=0).train()
 
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:

@@ -195,6 +195,8 @@ def _guarded(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         return {"status": "out of memory", "reason": str(error).splitlines()[0]}
     except Exception as error:  # noqa: BLE001 - one case that fails must not lose the others
+        if isinstance(error, ValueError) and "not installed" in str(error):
+            return {"status": "skipped", "reason": str(error).splitlines()[0]}
         text = f"{type(error).__name__}: {error}"
         sticky = "CUDA error" in text or "device-side assert" in text
         return {

@@ -28,6 +28,7 @@ import copy
 import io
 import logging
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -58,7 +59,7 @@ from memrt.testing import FAMILIES, tiny_batches, tiny_model
 
 __all__ = ["Case", "cases", "main", "refusal"]
 
-SETTINGS: dict[str, float] = {"weight_decay": 0.1, "max_grad_norm": 1.0}
+SETTINGS: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": 1.0}
 """Of every run, and of what is asked whether it is refused."""
 
 SKETCHED = ("galore", "q_galore", "fira")
@@ -184,17 +185,18 @@ def _no_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _alike_on_both(spec: str) -> str:
-    """Without what is drawn on the device after the first step."""
-    if spec.partition("(")[0] in SKETCHED:
-        return spec.replace("every=3", "every=1000")
-    return spec.replace("dropout=0.1", "dropout=0.0")
+def _alike_on_both(specs: Sequence[str]) -> tuple[str, ...]:
+    """Without what is drawn on the device after the first step, as a basis of a layer anew is."""
+    specs = [spec.replace("dropout=0.1", "dropout=0.0") for spec in specs]
+    if any(spec.partition("(")[0] in SKETCHED for spec in specs):
+        specs = [re.sub(r"every=\d+", "every=1000", spec) for spec in specs]
+    return tuple(specs)
 
 
 def _against_cpu(family: str, stack: str, device: torch.device) -> dict[str, Check]:
     """First loss, and five steps from one checkpoint, on both devices."""
     names = stack_of(stack)
-    specs = tuple(map(_alike_on_both, testing.specs(names)))
+    specs = _alike_on_both(testing.specs(names))
     on_cpu, on_device = (
         Case(family=family, specs=specs, device=place, learning_rate=1e-3)
         for place in (torch.device("cpu"), device)
@@ -333,7 +335,7 @@ def _without(family: str, partners: tuple[str, ...], device: torch.device) -> Tr
 def refusal(family: str, stack: str) -> str | None:
     """Why a model refuses a stack; None when it takes it."""
     model = tiny_model(family, hidden=HIDDEN)
-    settings = RunSettings(accumulation_steps=0, **SETTINGS)  # type: ignore[arg-type]
+    settings = RunSettings(accumulation_steps=0, **SETTINGS)
     facts = Facts(model=model, structure=discover(model), settings=settings)
     problems = conflicts(registry.parse_all(testing.specs(stack_of(stack))), facts)
     return "; ".join(problems) or None

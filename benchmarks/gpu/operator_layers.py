@@ -130,7 +130,9 @@ def _frozen(
     )
 
     def ours(leaves: Named) -> dict[str, Tensor]:
-        make = partial(dense, shape=weight.shape, dtype=dtype)
+        def make(given: Tensor) -> Tensor:
+            return dense(given, weight.shape, dtype)
+
         return {"y": frozen_linear(leaves["x"], packed, leaves["bias"], make)}
 
     def plain(leaves: Named) -> dict[str, Tensor]:

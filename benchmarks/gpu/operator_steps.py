@@ -226,6 +226,41 @@ def _in_codes(
     )
 
 
+def _many(setting: Setting, dtype: torch.dtype, state_format: str) -> dict[str, Any]:
+    """Steps of the optimizer itself on parameters of several sizes, beside the CPU's."""
+    sizes = (20_001, 4096, 67, 8193)
+
+    def stepped(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        generator = torch.Generator().manual_seed(23)
+        weights = [
+            torch.nn.Parameter(torch.randn(size, generator=generator).to(device, dtype))
+            for size in sizes
+        ]
+        optimizer = AdamW(weights, lr=1e-2, weight_decay=0.1, state_format=state_format)
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator).to(device, dtype)
+            optimizer.step()
+        values = [value for weight in weights for value in optimizer.state[weight].values()]
+        codes = [value.cpu() for value in values if value.dtype == torch.uint8]
+        return [weight.detach() for weight in weights], codes
+
+    ours, codes = stepped(setting.device)
+    truth, true_codes = stepped(torch.device("cpu"))
+    different = [
+        float((found != wanted).float().mean())
+        for found, wanted in zip(codes, true_codes, strict=True)
+    ]
+    return codes_row(
+        {
+            str(size): error(found, wanted.double())
+            for size, found, wanted in zip(sizes, ours, truth, strict=True)
+        },
+        {str(size): 2 * torch.finfo(dtype).eps for size in sizes},
+        {f"state tensor {index}": share for index, share in enumerate(different)},
+    )
+
+
 def _rounding(setting: Setting) -> dict[str, Any]:
     """fp32 to bf16: the CPU's bits, whole and around the 2^32nd element."""
     source = torch.randn(NUM_ELEMENTS, generator=torch.Generator().manual_seed(13))
@@ -268,6 +303,8 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
             ("adamw_int4", adamw_int4, _int4_state),
         ):
             found[f"{name} {kind}"] = partial(_in_codes, setting, dtype, step=step, state=state)
+        for state_format in ("float32", "fp8", "int4"):
+            found[f"optimizer {state_format} {kind}"] = partial(_many, setting, dtype, state_format)
     for dtype in (torch.float32, torch.bfloat16):
         kind = str(dtype).removeprefix("torch.")
         for shape in ((1000, 3001), (3001, 1000)):

@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 __all__ = ["DEFAULT_PARTS", "MODEL_SIZES", "PARTS", "Part", "plans_part", "stages"]
 
@@ -38,6 +39,10 @@ class Part:
         """Tells it from the others."""
         return " ".join((self.name, *(each.strip() for each in self.only)))
 
+    def file(self, folder: Path) -> Path:
+        """What the process fills."""
+        return folder / f"{self.name}{'-' if self.label else ''}{self.label}.json"
+
     def command(self, arguments: argparse.Namespace) -> list[str]:
         """The command line."""
         only = ["--only", *self.only] if self.only else []
@@ -50,6 +55,10 @@ class Part:
         ]
 
 
+_FEW_THREADS = {"OMP_NUM_THREADS": "2"}
+"""Of what runs beside others: small models and small matrices on the CPU."""
+
+
 def _correctness() -> list[Part]:
     """A process for each family, and for the stacks of each."""
     cases = [*(f"{name} " for name in FAMILIES), *(f"stack {name} " for name in FAMILIES)]
@@ -57,10 +66,10 @@ def _correctness() -> list[Part]:
         Part(
             name="correctness",
             module="correctness",
-            share_seconds=150,
+            share_seconds=140,
             only=(each,),
             label=each.strip().replace(" ", "-"),
-            environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+            environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **_FEW_THREADS},
         )
         for each in cases
     ]
@@ -76,14 +85,17 @@ def _timed(name: str, share_seconds: float, *only: str, module: str = "") -> Par
     )
 
 
-_MEMORY_SHARES = dict(zip(MODEL_SIZES, (15, 60, 35, 25, 45), strict=True))
+_MEMORY_SHARES = dict(zip(MODEL_SIZES, (15, 60, 30, 25, 45), strict=True))
 
 PARTS: dict[str, list[Part]] = {
     "constants": [Part(name="constants", module="constants", share_seconds=20)],
     "correctness": _correctness(),
-    "operators": [Part(name="operators", module="operators", share_seconds=150)],
-    "tests": [Part(name="tests", module="device_tests", share_seconds=50)],
-    "updates": [_timed("updates", 60)],
+    "operators": [
+        Part(name="operators", module="operators", share_seconds=140, environment=_FEW_THREADS)
+    ],
+    "tests": [Part(name="tests", module="device_tests", share_seconds=45)],
+    "kernels": [_timed("kernels", 25)],
+    "updates": [_timed("updates", 55)],
     "speed": [_timed("speed", 75)],
     "memory": [_timed("memory", share, f"{size} ") for size, share in _MEMORY_SHARES.items()],
     "seventy_b": [
@@ -113,7 +125,7 @@ def plans_part(names: Sequence[str], scale: str) -> Part | None:
         module="plans",
         share_seconds=0,
         only=sizes if scale == "full" else (),
-        environment={"CUDA_VISIBLE_DEVICES": ""},
+        environment={"CUDA_VISIBLE_DEVICES": "", **_FEW_THREADS},
         needs_device=False,
     )
 

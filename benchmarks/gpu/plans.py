@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = [
         (model, stack) for model in memory_models(setting) for stack in stacks(setting, model.size)
     ]
-    for packed in ("nf4", "int8"):
+    for packed in ("nf4",) if setting.tiny else ("nf4", "int8"):
         known = seventy_b_stacks(setting, packed=packed).values()
         wanted += [(seventy_b_model(setting), stack) for stack in known]
     for model, stack in wanted:

@@ -31,7 +31,7 @@ GOAL = (
 CLOSE, FAR = 0.05, 0.10
 CLOSE_SHARE = 0.9
 
-_CHECKED = ("correctness", "operators", "tests", "seventy_b")
+_CHECKED = ("correctness", "operators", "tests", "kernels", "seventy_b")
 _BAD = {"failed", "error", "crashed", "device lost", "time out"}
 _ABSENT = "not installed"
 
@@ -173,6 +173,38 @@ def _updates(contents: Contents) -> list[dict[str, Any]]:
     return found
 
 
+def _kernels(contents: Contents) -> list[dict[str, Any]]:
+    """Seconds of each kernel's call, beside plain PyTorch's, and its share of the card's copies."""
+    return [
+        {
+            "kernel": key,
+            "seconds": row["seconds_of_call"],
+            "plain_seconds": row["plain_seconds"],
+            "share_of_copy": row["share_of_copy"],
+        }
+        for key, row in _rows(contents, "kernels").items()
+        if row["status"] == "ok"
+    ]
+
+
+def _kernel_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Milliseconds, and the share of what the card copies in a second."""
+    yield from aligned(
+        [
+            ("kernel", "ms", "plain ms", "share of copy"),
+            *(
+                (
+                    row["kernel"],
+                    number(1000 * row["seconds"], ".3f"),
+                    "-" if row["plain_seconds"] is None else f"{1000 * row['plain_seconds']:.3f}",
+                    number(row["share_of_copy"], ".2f"),
+                )
+                for row in rows
+            ),
+        ]
+    )
+
+
 def _median(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None
@@ -257,6 +289,7 @@ def record(
                 "memory_not_run": absent,
                 "speed": _speed(contents),
                 "updates": _updates(contents),
+                "kernels": _kernels(contents),
                 "constants": _constants(contents),
             },
             "repetitions": dict(contents) or {"none": "no part wrote a file"},
@@ -369,6 +402,8 @@ def text(record: Mapping[str, Any]) -> str:
         lines += ["", *summary_70b.lines(summary["seventy_b"])]
     if summary["speed"]:
         lines += ["", "speed", *_speed_table(summary["speed"])]
+    if summary["kernels"]:
+        lines += ["", *_kernel_table(summary["kernels"])]
     for row in summary["updates"]:
         lines += ["", f"{row['case']}: {row.get('reason', '')}".rstrip(": "), *_update_lines(row)]
     lines += ["", "bytes beside tensors"]

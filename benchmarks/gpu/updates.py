@@ -32,7 +32,7 @@ from benchmarks.step_times import case_name
 __all__ = ["main"]
 
 DTYPES = ("bfloat16", "float32")
-ADAMW_SIZES = {"num_parameters": 16, "elements": 2**24, "steps": 12, "warm_up": 3}
+ADAMW_SIZES = {"num_parameters": 8, "elements": 2**24, "steps": 12, "warm_up": 3}
 GALORE_SIZES = {
     **galore_step.DEFAULTS,
     "cases": [
@@ -43,6 +43,7 @@ GALORE_SIZES = {
     "sequence_length": 2048,
 }
 NUM_LAYERS_8B = 32
+CASE_SECONDS = 120.0
 
 FLOAT32_MOMENTS = "memrt float32"
 FLOAT32_STATE_BYTES = 2 * (2 * 4)
@@ -112,7 +113,7 @@ def _update_and_refresh(times: Mapping[str, Any]) -> tuple[float, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Fill updates.json."""
     setting = parse(argv, __doc__ or "")
-    part = PartFile(setting, "updates")
+    part = PartFile(setting, "updates", case_seconds=CASE_SECONDS)
     for dtype in DTYPES:
         part.case(f"adamw {dtype}", partial(_adamw, setting, dtype))
     cases = galore_step.TINY["cases"] if setting.tiny else GALORE_SIZES["cases"]

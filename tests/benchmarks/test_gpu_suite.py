@@ -183,6 +183,7 @@ def test_errors_are_rows_and_a_lost_device_ends_the_process(tmp_path: Path) -> N
     part = _part(tmp_path)
     part.case("error", lambda: fail(KeyError("weights")))
     part.case("memory", lambda: fail(torch.OutOfMemoryError("CUDA out of memory")))
+    part.case("package", lambda: fail(ValueError("bitsandbytes is not installed")))
     with pytest.raises(SystemExit) as ended:
         part.case("lost", lambda: fail(RuntimeError("CUDA error: an illegal memory access")))
     assert ended.value.code == DEVICE_LOST
@@ -190,6 +191,7 @@ def test_errors_are_rows_and_a_lost_device_ends_the_process(tmp_path: Path) -> N
     assert {key: row["status"] for key, row in rows.items()} == {
         "error": "error",
         "memory": "out of memory",
+        "package": "skipped",
         "lost": "device lost",
     }
     assert "KeyError" in rows["error"]["traceback"]
@@ -241,7 +243,10 @@ def test_a_part_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         Part, "command", lambda *_: [sys.executable, "-c", "import time; time.sleep(60)"]
     )
+    file = hanging.file(tmp_path)
+    write_json(file, {"part": "operators", "running": "lora", "rows": {}})
     assert run._Suite(_arguments(tmp_path)).run(hanging, 0.5) is None
+    assert json.loads(file.read_text("utf-8"))["running"] is None  # it was not its fault
 
 
 def test_without_a_device_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,7 +263,7 @@ def test_plans_are_made_without_the_device() -> None:
     assert plans is not None
     command = plans.command(argparse.Namespace(device="cuda", scale="full", output=Path("x")))
     assert command[command.index("--device") + 1] == "cpu"
-    assert plans.environment == {"CUDA_VISIBLE_DEVICES": ""}
+    assert plans.environment["CUDA_VISIBLE_DEVICES"] == ""
     assert plans.only == (*(f"{size} " for size in parts.MODEL_SIZES), "70B ")
     assert parts.plans_part(["operators"], "full") is None
 
