@@ -13,9 +13,13 @@ A parameter of one dimension keeps its whole second moment v in place of r and c
 are taken over the parameter ("grouped update normalisation"), so that no other gradient is needed
 and the update can run in backward.
 
+A stack of E matrices [E, m, n], such as fused experts, is E parameters, with r [E, m], c [E, n] and
+norms of its own for each: the same steps as of experts that are modules. What keeps less flattened,
+E + m n <= E (m + n), such as a convolution over one dimension, is flattened.
+
 Bytes of state: 4 (rows + columns) a matrix, 4 an element of a vector, and a step counter of 4. The
-step is one operator of three sweeps, all in fp32, whose temporaries do not grow with the weight
-(`memrt.kernels.adalomo`). bf16 weights are rounded once, stochastically
+step is one operator of three sweeps for each matrix, all in fp32, whose temporaries do not grow
+with the weight (`memrt.kernels.adalomo`). bf16 weights are rounded once, stochastically
 (`memrt.optimizers.parameterwise`). Nothing is read to the host.
 
 Source: Lv et al., "AdaLomo: Low-memory Optimization with Adaptive Learning Rate", arXiv 2310.10195.
@@ -80,6 +84,10 @@ class AdaLomo(ParameterwiseOptimizer):
     def _layout(self, parameter: Tensor) -> dict[str, tuple[int, ...]]:
         if parameter.ndim < 2:
             return {"step": (), "exp_avg_sq": tuple(parameter.shape)}
+        if _is_stack(parameter):
+            matrices, rows, columns = parameter.shape
+            row, column = (matrices, rows), (matrices, columns)
+            return {"step": (), "exp_avg_sq_row": row, "exp_avg_sq_col": column}
         rows = parameter.shape[0]
         columns = parameter[:1].numel()
         return {"step": (), "exp_avg_sq_row": (rows,), "exp_avg_sq_col": (columns,)}
@@ -96,16 +104,38 @@ class AdaLomo(ParameterwiseOptimizer):
             return
         state["step"].add_(1)
         fresh = state["step"].pow(group["decay_rate"])  # w_t
-        is_vector = parameter.ndim < 2
-        adalomo_(
-            parameter,
-            gradient,
-            None if is_vector else state["exp_avg_sq_row"],
-            state["exp_avg_sq" if is_vector else "exp_avg_sq_col"],
-            fresh,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            clip_threshold=group["clip_threshold"],
-            rounding=rounding,
-        )
+        names = ("lr", "weight_decay", "eps", "clip_threshold")
+        settings: dict[str, Any] = {name: group[name] for name in names}
+        if parameter.ndim < 2:
+            whole = state["exp_avg_sq"]
+            adalomo_(parameter, gradient, None, whole, fresh, rounding=rounding, **settings)
+            return
+        row, column = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+        if not _is_stack(parameter):
+            adalomo_(parameter, gradient, row, column, fresh, rounding=rounding, **settings)
+            return
+        for index in range(parameter.shape[0]):
+            adalomo_(
+                parameter[index],
+                gradient[index],
+                row[index],
+                column[index],
+                fresh,
+                rounding=_of_matrix(rounding, index),
+                **settings,
+            )
+
+
+def _is_stack(parameter: Tensor) -> bool:
+    """Whether its matrices are factored one by one, which keeps less than to flatten them."""
+    if parameter.ndim != 3:
+        return False
+    matrices, rows, columns = parameter.shape
+    return matrices * (rows + columns) < matrices + rows * columns
+
+
+def _of_matrix(rounding: Rounding | None, index: int) -> Rounding | None:
+    """Random bits of its own: its elements are counted from 0 like another's."""
+    if rounding is None:
+        return None
+    return Rounding((rounding.key[0], rounding.key[1] ^ index), rounding.step)

@@ -107,6 +107,43 @@ def test_state_is_rows_and_columns() -> None:
     assert held == [4 * (n + 1) for n in (16 + 24, 9, 5 + 12, 1 + 7, 6 + 1)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_stack_of_experts_is_stepped_as_experts_apart(dtype: torch.dtype) -> None:
+    """To the bit; 4 E (m + n) bytes. The expert without a token decays, and no more."""
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(3, 16, 24, generator=generator).to(dtype)
+    stack = nn.Parameter(start.transpose(1, 2).contiguous().transpose(1, 2))
+    apart = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]  # strided, too
+    settings = {**SETTINGS, "stochastic_rounding": False}
+    ours, theirs = AdaLomo([stack], **settings), AdaLomo(apart, **settings)
+    for step in range(4):
+        stack.grad = torch.randn(3, 16, 24, generator=generator).to(dtype) * 10.0 ** (step - 2)
+        stack.grad[step % 3] = 0.0
+        for matrix, gradient in zip(apart, stack.grad, strict=True):
+            matrix.grad = gradient.clone()
+        ours.step()
+        theirs.step()
+    assert torch.equal(stack, torch.stack([matrix.detach() for matrix in apart]))
+    state = ours.state[stack]
+    assert sum(v.numel() * v.element_size() for v in state.values()) == 4 * 3 * (16 + 24) + 4
+    for name in ("exp_avg_sq_row", "exp_avg_sq_col"):
+        assert torch.equal(state[name], torch.stack([theirs.state[m][name] for m in apart]))
+    loaded = AdaLomo([stack], **settings)
+    loaded.load_state_dict(ours.state_dict())
+    assert loaded.state[stack].keys() == state.keys()
+
+
+def test_experts_are_rounded_with_bits_of_their_own() -> None:
+    stack = nn.Parameter(torch.ones(8, 16, 24, dtype=torch.bfloat16))
+    optimizer = AdaLomo([stack], lr=1e-3)  # a quarter of bf16's spacing below 1
+    stack.grad = torch.ones_like(stack)
+    optimizer.step()
+    moved = (stack != 1.0).flatten(1)
+    assert not any(torch.equal(moved[0], other) for other in moved[1:])
+    # 384 draws of a quarter each, within five standard deviations
+    assert ((moved.float().mean(dim=1) - 0.25).abs() < 5 * (0.25 * 0.75 / 384) ** 0.5).all()
+
+
 def test_the_authors_package_makes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """lomo-optim 0.1.1, whose state is put on CUDA whatever the model, and forgotten by saves.
 
