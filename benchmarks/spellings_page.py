@@ -5,15 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from memrt.quantization import REFUSED_SETTINGS
-from memrt.spellings import (
-    IMPLIED,
-    KEYS,
-    OPTIMIZERS,
-    PREFIXES,
-    REFUSED_KEYS,
-    REFUSED_OPTIMIZERS,
-    Spelling,
-)
+from memrt.refused_optimizers import REFUSED_OPTIMIZERS
+from memrt.spellings import IMPLIED, KEYS, OPTIMIZERS, PREFIXES, REFUSED_KEYS, Spelling
 
 __all__ = ["spellings_page"]
 

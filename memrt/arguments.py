@@ -17,7 +17,7 @@ import transformers
 
 from memrt import registry
 from memrt.gpus import check_budget
-from memrt.spellings import require_served
+from memrt.refused_optimizers import require_served
 from memrt.strategy import Phase
 from memrt.structure import RunSettings
 from memrt.translation import TORCH_ADAMW, from_optim, join, tell_optim

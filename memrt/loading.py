@@ -80,17 +80,13 @@ def load(
     with _quiet(), torch.no_grad(), ExitStack() as context:
         if ledger is not None:
             context.enter_context(ledger.phase("load"))
-        if config is None:
-            config = resolve_config(path_or_config, trust_remote_code=trust_remote_code)
-        config = copy.deepcopy(config)
-        _refuse(config)
+        config = _own_config(path_or_config, config, trust_remote_code=trust_remote_code)
         auto = auto_class(config, task)
         trusted = _trusted(config, auto, path_or_config, trust_remote_code)
         source = weight_source(path_or_config, config)
         files = None if source is None else context.enter_context(WeightFiles(source))
         chosen = _resolved_dtype(dtype, config, files)
-        if quantization_config is not None:
-            stack = with_quantization(stack, quantization_config, dtype=chosen)
+        stack = with_quantization(stack, quantization_config, dtype=chosen)
         skeleton = Skeleton.build(
             lambda: auto.from_config(config, dtype=chosen, trust_remote_code=trusted)
         )
@@ -163,6 +159,15 @@ def _generation_config(path: str) -> Any:
         return GenerationConfig.from_pretrained(
             path, config_file_name="config.json", _from_model_config=True
         )
+
+
+def _own_config(path_or_config: Any, config: Any, *, trust_remote_code: bool) -> Any:
+    """A copy of the model's config, for the model changes its own."""
+    if config is None:
+        config = resolve_config(path_or_config, trust_remote_code=trust_remote_code)
+    config = copy.deepcopy(config)
+    _refuse(config)
+    return config
 
 
 def _refuse(config: Any) -> None:

@@ -43,6 +43,8 @@ def with_quantization(
     listed: Sequence[Strategy], config: Any, *, dtype: torch.dtype
 ) -> list[Strategy]:
     """The strategies with what a `quantization_config` asks for; `dtype` is the model's."""
+    if config is None:
+        return list(listed)
     _check(config, dtype)
     found = registry.parse_all(join(listed, [registry.parse(_STRATEGY)], subject=_NAME))
     logger.warning(

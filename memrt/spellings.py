@@ -21,13 +21,11 @@ __all__ = [
     "OPTIMIZERS",
     "PREFIXES",
     "REFUSED_KEYS",
-    "REFUSED_OPTIMIZERS",
     "Optimizer",
     "Spelling",
     "is_spelling",
     "options_of",
     "own_options",
-    "require_served",
 ]
 
 
@@ -360,27 +358,8 @@ OPTIMIZERS: Mapping[str, Optimizer] = MappingProxyType(
         ),
     }
 )
-"""transformers' `optim` names that mean a strategy."""
-
-_PROJECTORS = (
-    "galore-torch's Adafactor keeps objects in its state, which no checkpoint brings back; use "
-    "optim='{}' (AdamW in the same subspaces) or 'adalomo' (Adafactor's rule, in backward)"
-)
-
-REFUSED_OPTIMIZERS: Mapping[str, str] = MappingProxyType(
-    {
-        name: _PROJECTORS.format(name.replace("adafactor", "adamw"))
-        for name in ("galore_adafactor", "galore_adafactor_layerwise")
-    }
-)
-"""`optim` names that cannot be served, and what to do; all others stay transformers' own."""
-
-
-def require_served(optim: Any) -> None:
-    """Refuse an `optim` of `REFUSED_OPTIMIZERS`."""
-    name = str(getattr(optim, "value", optim))
-    if name in REFUSED_OPTIMIZERS:
-        raise ValueError(f"optim={name!r}: {REFUSED_OPTIMIZERS[name]}")
+"""transformers' `optim` names that mean a strategy; those that are refused stand in
+`memrt.refused_optimizers`, and all others stay transformers' own."""
 
 
 def is_spelling(key: str) -> bool:

@@ -30,8 +30,8 @@ from memrt.memory_report import MemoryReport, ReportMixin
 from memrt.optimizer_slots import needs_memrt
 from memrt.own_groups import groups_of
 from memrt.plain_loop import refuse_untrained, refuse_unused_rounding
+from memrt.refused_optimizers import require_served
 from memrt.session import Session
-from memrt.spellings import require_served
 from memrt.structure import RunSettings
 from memrt.training_step import TrainingStepMixin
 from memrt.translation import join, with_own_optimizer

@@ -15,7 +15,8 @@ import transformers
 
 import memrt
 from memrt import MemoryMixin
-from memrt.spellings import OPTIMIZERS, REFUSED_OPTIMIZERS
+from memrt.refused_optimizers import REFUSED_OPTIMIZERS
+from memrt.spellings import OPTIMIZERS
 from memrt.testing import FAMILIES
 from tests.trainer_runs import (
     arguments,
