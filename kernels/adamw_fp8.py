@@ -15,6 +15,7 @@ one pass of one Triton kernel: bf16 parameter and gradient 2 + 2 + 2, codes 4, g
 bytes an element (AdamW with fp32 moments: 22); it reads a table of 256 KiB, once a device.
 Temporaries: none on CUDA but copies of what is not contiguous; on the CPU up to 72 bytes an element
 of an eager piece of 2^16 elements, or 25 of a compiled one of 2^18 (`workspace_bytes`).
+Many parameters in one call: `memrt.kernels.adamw_fp8_foreach`.
 
 Codes and groups have the same bits eagerly, compiled and in Triton.
 
@@ -52,7 +53,14 @@ from memrt.kernels.expanded_fp8 import (
 )
 from memrt.profiling.ledger import register_workspace
 
-__all__ = ["adamw_fp8", "adamw_fp8_reference", "workspace_bytes"]
+__all__ = [
+    "State",
+    "adamw_fp8",
+    "adamw_fp8_reference",
+    "check_arguments",
+    "step_one",
+    "workspace_bytes",
+]
 
 SCRATCH_BYTES = 72  # at most 71 were seen of whole groups, 74 with padding
 COMPILED_SCRATCH_BYTES = 25  # 24.2 were seen in fp32, 20.2 in bf16
@@ -155,16 +163,28 @@ def adamw_fp8(
         exp_avg_power,
         exp_avg_sq_power,
     )
-    _check(parameter, gradient, state)
-    number = int(step.item())
-    scalars = step_scalars(number, lr, beta1, beta2, eps, weight_decay)
+    check_arguments(parameter, gradient, state)
+    numbers = (lr, beta1, beta2, eps, weight_decay)
+    step_one(parameter, gradient, state, int(step.item()), numbers, rounding_key)
+
+
+def step_one(
+    parameter: Tensor,
+    gradient: Tensor,
+    state: State,
+    number: int,
+    numbers: tuple[float, float, float, float, float],
+    rounding_key: Sequence[int] | None,
+) -> None:
+    """The operator's body; `numbers` are lr, beta1, beta2, eps and weight decay."""
+    scalars = step_scalars(number, *numbers)
     weight = parameter.contiguous().view(-1)
     grad = gradient.contiguous().view(-1)
-    state = State(exp_avg_codes.view(-1), exp_avg_sq_codes.view(-1), *state[2:])
+    state = State(state[0].view(-1), state[1].view(-1), *state[2:])
     if uses_triton(parameter):
-        from memrt.kernels._triton.adamw_fp8 import launch
+        from memrt.kernels._triton.adamw_fp8 import One, launch
 
-        launch(weight, grad, state, scalars, rounding_key, number)
+        launch(One(weight, grad, state, scalars, rounding_key, number))
     else:
         key = key_tensor(parameter, rounding_key, number)
         _step_in_pieces(weight, grad, state, torch.tensor(scalars), key)
@@ -190,7 +210,7 @@ def _(
     weight_decay: float,
     rounding_key: Sequence[int] | None = None,
 ) -> None:
-    _check(
+    check_arguments(
         parameter,
         gradient,
         State(
@@ -285,7 +305,8 @@ def _step_piece(
 _compiled_piece = CompiledFunction(_step_piece)
 
 
-def _check(parameter: Tensor, gradient: Tensor, state: State) -> None:
+def check_arguments(parameter: Tensor, gradient: Tensor, state: State) -> None:
+    """Refuse what the step does not take."""
     check_parameter("adamw_fp8", parameter, gradient)
     groups = num_groups(parameter.numel())
     dtypes = (torch.uint8, torch.uint8, torch.float32, torch.float32, torch.uint8, torch.uint8)

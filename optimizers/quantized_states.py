@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from memrt.kernels.adamw_fp8 import adamw_fp8
+from memrt.kernels.adamw_fp8_foreach import adamw_fp8_foreach
 from memrt.kernels.adamw_int4 import adamw_int4, num_code_bytes
 from memrt.kernels.adamw_int8 import adamw_int8
 from memrt.kernels.adamw_step import num_groups
@@ -101,26 +101,29 @@ class Fp8(StateFormat):
         }
 
     def adamw(self, updates: Sequence[Update], settings: AdamWSettings) -> None:
-        """One call of the operator for each parameter."""
-        for parameter, gradient, state, rounding_key in updates:
-            state["step"].add_(1)
-            adamw_fp8(
-                parameter,
-                gradient,
-                state["exp_avg_codes"],
-                state["exp_avg_sq_codes"],
-                state["exp_avg_largest"],
-                state["exp_avg_sq_largest"],
-                state["exp_avg_power"],
-                state["exp_avg_sq_power"],
-                state["step"],
-                settings.lr,
-                settings.beta1,
-                settings.beta2,
-                settings.eps,
-                settings.weight_decay,
-                rounding_key,
-            )
+        """One call of the operator for all of them."""
+        for update in updates:
+            update.state["step"].add_(1)
+        parts = (
+            "exp_avg_codes",
+            "exp_avg_sq_codes",
+            "exp_avg_largest",
+            "exp_avg_sq_largest",
+            "exp_avg_power",
+            "exp_avg_sq_power",
+            "step",
+        )
+        adamw_fp8_foreach(
+            [update.parameter for update in updates],
+            [update.gradient for update in updates],
+            *([update.state[name] for update in updates] for name in parts),
+            settings.lr,
+            settings.beta1,
+            settings.beta2,
+            settings.eps,
+            settings.weight_decay,
+            [word for update in updates for word in update.rounding_key or (-1, -1)],
+        )
 
 
 class Int4(StateFormat):

@@ -130,6 +130,7 @@ _ELEMENTWISE = frozenset(
         "adalomo",
         "add_channels",
         "adamw_fp8",
+        "adamw_fp8_foreach",
         "adamw_int4",
         "adamw_int8",
         "all_finite",

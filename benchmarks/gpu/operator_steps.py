@@ -228,7 +228,7 @@ def _in_codes(
 
 def _many(setting: Setting, dtype: torch.dtype, state_format: str) -> dict[str, Any]:
     """Steps of the optimizer itself on parameters of several sizes, beside the CPU's."""
-    sizes = (20_001, 4096, 67, 8193)
+    sizes = (20_001, 4096, 67, 8193, 8192)
 
     def stepped(device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
         generator = torch.Generator().manual_seed(23)

@@ -9,6 +9,7 @@ is a look-up in the row of the group's power: 1 KiB, which the first-level cache
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -24,8 +25,20 @@ GROUPS = 4
 NUM_WARPS = 4
 
 
-@triton.jit(do_not_specialize=["key0", "key1", "step"])
-def adamw_fp8_kernel(
+class One(NamedTuple):
+    """A parameter's share of a step; all tensors contiguous, parameter and gradient flat."""
+
+    parameter: Tensor
+    gradient: Tensor
+    state: Sequence[Tensor]
+    scalars: Sequence[float]
+    rounding_key: Sequence[int] | None
+    step: int
+
+
+@triton.jit
+def step_groups(
+    group,
     p_ptr,
     g_ptr,
     m_codes_ptr,
@@ -49,10 +62,8 @@ def adamw_fp8_kernel(
     step,
     STOCHASTIC: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
 ):
-    """The formula of `memrt.kernels.adamw_fp8` on `GROUPS` groups."""
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]
+    """Load, step and store these groups (int64 [groups, 1]) of one parameter."""
     offsets = group * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
     mask = offsets < num_elements
     exists = group * GROUP_SIZE < num_elements
@@ -82,15 +93,66 @@ def adamw_fp8_kernel(
     tl.store(v_power_ptr + group, v_power.to(tl.uint8), mask=exists)
 
 
-def launch(
-    parameter: Tensor,
-    gradient: Tensor,
-    state: Sequence[Tensor],
-    scalars: Sequence[float],
-    rounding_key: Sequence[int] | None,
-    step: int,
-) -> None:
-    """One launch for one parameter; all tensors flat and contiguous."""
+@triton.jit(do_not_specialize=["key0", "key1", "step"])
+def adamw_fp8_kernel(
+    p_ptr,
+    g_ptr,
+    m_codes_ptr,
+    v_codes_ptr,
+    m_largest_ptr,
+    v_largest_ptr,
+    m_power_ptr,
+    v_power_ptr,
+    table_ptr,
+    num_elements,
+    decay,
+    step_size,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    correction,
+    eps,
+    key0,
+    key1,
+    step,
+    STOCHASTIC: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """The formula of `memrt.kernels.adamw_fp8` on `GROUPS` groups of one parameter."""
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None]
+    step_groups(
+        group,
+        p_ptr,
+        g_ptr,
+        m_codes_ptr,
+        v_codes_ptr,
+        m_largest_ptr,
+        v_largest_ptr,
+        m_power_ptr,
+        v_power_ptr,
+        table_ptr,
+        num_elements,
+        decay,
+        step_size,
+        beta1,
+        rest1,
+        beta2,
+        rest2,
+        correction,
+        eps,
+        key0,
+        key1,
+        step,
+        STOCHASTIC,
+        GROUP_SIZE,
+    )
+
+
+def launch(one: One) -> None:
+    """One launch for one parameter."""
+    parameter, gradient, state, scalars, rounding_key, step = one
     require_triton(parameter, gradient, *state)
     n = parameter.numel()
     if n == 0:

@@ -65,7 +65,7 @@ def counted_step(found: Tensor, **call: Any) -> None:
 
 def test_a_step_moves_ten_bytes_an_element() -> None:
     """Every element of parameter, gradient and state is loaded once and stored once."""
-    n = 2**15 + 67
+    n = 2**13 + 67
     call = call_of(n, dtype=torch.bfloat16, key=KEY)
     call["found"] = torch.zeros(4, dtype=torch.int64)
     (left,) = call_interpreted("tests.kernels.test_adamw_fp8_triton:counted_step", [call])
