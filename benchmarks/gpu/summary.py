@@ -15,10 +15,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.gpu import summary_70b
-from benchmarks.gpu.tables import GIB, aligned, gib, number
+from benchmarks.gpu.tables import GIB, aligned, gib, number, own_bytes
 from benchmarks.record import commit, cores, cpu_model, dirty, make_record
 
-__all__ = ["CLAIM", "GOAL", "compare", "own_bytes", "record", "text"]
+__all__ = ["CLAIM", "GOAL", "compare", "record", "text"]
 
 CLAIM = (
     "On a CUDA device every strategy trains right, and a plan tells what the allocator and NVML "
@@ -72,14 +72,6 @@ def compare(row: Mapping[str, Any], planned: Mapping[str, Any] | None) -> dict[s
         "expected_to_process": _ratio(device["expected"], own),
         "high_covers_process": None if own is None else device["high"] >= own,
     }
-
-
-def own_bytes(driver: Mapping[str, Any]) -> int | None:
-    """What the process had on the device; the device's growth is without what it had before."""
-    own: int | None = driver["process_peak_bytes"]
-    if own is not None and driver["process_source"] == "device delta":
-        own += driver.get("context_bytes") or 0
-    return own
 
 
 def _ratio(one: int, other: int | None) -> float | None:

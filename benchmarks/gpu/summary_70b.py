@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from benchmarks.gpu.tables import GIB, aligned, gib, number
+from benchmarks.gpu.tables import GIB, aligned, gib, number, own_bytes
 
 __all__ = ["KEPT_GIB", "PEAK_GIB", "TIMES_QLORA", "lines", "section"]
 
@@ -88,7 +88,7 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     if peer.get("tokens_per_second") is not None:
         phases, driver = peer["allocator_phases"], peer["driver"]
         speed = number(peer["tokens_per_second"], ",.0f")
-        peaks = (gib(phases.get("train")), "-", gib(driver["process_peak_bytes"]))
+        peaks = (gib(phases.get("train")), "-", gib(own_bytes(driver)))
         table.append((QLORA, "-", "-", "-", *peaks, "-", speed, "1.00"))
     yield from aligned(table)
     if peer.get("reason"):

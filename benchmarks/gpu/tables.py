@@ -1,12 +1,21 @@
-"""Columns for a terminal."""
+"""Columns for a terminal, and what stands in them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-__all__ = ["GIB", "aligned", "gib", "number"]
+__all__ = ["GIB", "aligned", "gib", "number", "own_bytes"]
 
 GIB = 2**30
+
+
+def own_bytes(driver: Mapping[str, Any]) -> int | None:
+    """What the process had on the device; the device's growth is without what it had before."""
+    own: int | None = driver["process_peak_bytes"]
+    if own is not None and driver.get("process_source") == "device delta":
+        own += driver.get("context_bytes") or 0
+    return own
 
 
 def gib(num_bytes: int | None) -> str:

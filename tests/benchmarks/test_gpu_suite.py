@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import common, constants, memory, parts, run, summary, updates
+from benchmarks.gpu import common, constants, memory, parts, run, seventy_b, summary, updates
 from benchmarks.gpu.codes import DEVICE_LOST, NO_DEVICE, TIMED_OUT
 from benchmarks.gpu.common import PartFile, Setting
 from benchmarks.gpu.parts import DEFAULT_PARTS, PARTS, Part
@@ -693,3 +693,25 @@ def test_a_process_that_is_not_listed_has_the_devices_growth(
 def test_pinned_memory_is_read_where_torch_counts_it(tmp_path: Path) -> None:
     setting = _MadeUp(device=torch.device("cpu"), scale="tiny", output=tmp_path)
     assert memory._Pinned(setting).read() == {"allocated_bytes.current": 0}
+
+
+def test_loading_may_take_one_block_beside_its_result() -> None:
+    def row(peak: int) -> dict[str, Any]:
+        return {"allocated": {"phases": {"load": peak}}}
+
+    built = {"loaded_bytes": 900, "dense_block_bytes": 120}
+    found = seventy_b._loading(row(1000), built)
+    assert (found["beside_result_bytes"], found["at_most_one_block"]) == (100, True)
+    assert seventy_b._loading(row(1021), built)["at_most_one_block"] is False
+    assert seventy_b._loading({"allocated": None}, built) == built
+
+
+@pytest.mark.usefixtures("device")
+def test_what_a_process_has_beside_the_allocators_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = _MadeUp(device=torch.device("cpu"), scale="tiny", output=tmp_path)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 450)
+    assert memory.context_bytes(setting, constants.Driver(setting)) == 700 - 450
+    without = Setting(device=torch.device("cpu"), scale="tiny", output=tmp_path)
+    assert memory.context_bytes(without, constants.Driver(without)) is None
