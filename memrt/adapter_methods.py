@@ -18,6 +18,7 @@ _LORA_READS = (
     "use_qalora",
     "corda_config",
     "eva_config",
+    "kasa_config",
     "loftq_config",
     "lora_ga_config",
 )

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from memrt.adapter_methods import reads_base_weights
 from memrt.adapter_reach import adapter_layers, refuse_passed_by
+from memrt.adapter_starts import Taken, give_back, parts_taken, weights_at_risk
 from memrt.profiling.fake import is_fake
 from memrt.structure import discover
 
@@ -51,6 +52,8 @@ class Injection:
     modules: Mapping[str, nn.Module]
     children: tuple[tuple[nn.Module, frozenset[str]], ...]
     attributes: frozenset[str]
+    taken: tuple[Taken, ...] = ()
+    """What the adapters' start took out of the weights."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Injection:
@@ -140,6 +143,7 @@ def inject(config: Any, model: nn.Module, *, on_meta: bool = False) -> Injection
         refused += (RuntimeError,)  # what reads the values of weights
     config.base_model_name_or_path = vars(model).get("name_or_path")
     blanks = _blanked(model, getattr(config, "modules_to_save", None) or ()) if fake else []
+    weights = {} if fake or on_meta else weights_at_risk(config, model)
     try:
         with warnings.catch_warnings(), torch.device("meta") if fake else nullcontext():
             # PEFT sets this one by itself, for each kind of layer, and says so
@@ -149,11 +153,15 @@ def inject(config: Any, model: nn.Module, *, on_meta: bool = False) -> Injection
             )
     except refused as error:
         _unblank(blanks)
-        remove_adapters(model, before)
+        remove_adapters(model, _noted(before, config, model, weights))
         where = "a planned " if fake else ""
         raise ValueError(
             f"PEFT cannot put {config.peft_type.value} into {where}{type(model).__name__}: {error}"
         ) from error
+    except BaseException:  # out of memory halfway, say
+        _unblank(blanks)
+        remove_adapters(model, _noted(before, config, model, weights))
+        raise
     if fake:
         _unblank(blanks)
         _make_fake_adapters(model)
@@ -162,7 +170,17 @@ def inject(config: Any, model: nn.Module, *, on_meta: bool = False) -> Injection
         cast_adapter_dtype(model, ADAPTER_NAME)  # to fp32, as PEFT's own wrapper does
     if hasattr(model, "save_pretrained"):
         vars(model)["_hf_peft_config_loaded"] = True  # save_pretrained writes PEFT's layout
-    return before
+    return _noted(before, config, model, weights)
+
+
+def _noted(
+    before: Injection, config: Any, model: nn.Module, weights: dict[nn.Module, Tensor]
+) -> Injection:
+    """With what the start took out of the weights; on meta and of fake tensors it took nothing."""
+    if any(p.device.type == "meta" or is_fake(p) for p in model.parameters()):
+        return before
+    taken = parts_taken(config, model, weights, adapter=ADAPTER_NAME)
+    return replace(before, taken=taken)
 
 
 _Blank: TypeAlias = tuple[dict[str, Any], str, Tensor]
@@ -279,7 +297,8 @@ def _refuse_shared(config: Any, model: nn.Module, own: set[int]) -> None:
 
 
 def remove_adapters(model: nn.Module, before: Injection) -> None:
-    """Put every module back where it was."""
+    """Put every module back where it was, and into the weights what a start took out of them."""
+    give_back(before.taken)
     for name, module in before.modules.items():
         if name:
             parent_name, _, attribute = name.rpartition(".")

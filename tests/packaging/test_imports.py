@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "memrt.adapter_folding",
         "memrt.adapter_methods",
         "memrt.adapter_reach",
+        "memrt.adapter_starts",
         "memrt.adapters",
         "memrt.backward_updates",
         "memrt.base_record",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 import memrt
+from memrt.adapter_reach import adapter_layers
+from memrt.adapter_starts import give_back, parts_taken, weights_at_risk
 from memrt.errors import ConflictError
 from memrt.runner import model_loss
 from memrt.strategies.peft import Peft
@@ -129,3 +132,66 @@ def test_biases_that_a_head_brings_too_are_refused_before_they_cannot_be_saved()
         memrt.prepare(model, [biases])
     memrt.prepare(model, [biases.replace("'all'", "'lora_only'")])
     memrt.prepare(tiny_model("llama"), [biases])  # whose head has none
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "options"),
+    [
+        ("llama", TARGETS, {"init_lora_weights": "pissa"}),
+        ("llama", TARGETS, {"init_lora_weights": "pissa_niter_4"}),
+        ("llama", TARGETS, {"init_lora_weights": "olora"}),
+        ("llama", TARGETS, {"kasa_config": peft.KasaConfig()}),
+        ("gpt2", ["c_attn", "c_proj"], {"init_lora_weights": "pissa"}),  # weights [in, out]
+    ],
+)
+def test_what_a_start_takes_of_the_weights_comes_back(
+    family: str, targets: list[str], options: dict[str, Any]
+) -> None:
+    """Of what it began with, whatever was trained since; nothing twice after an export."""
+    torch.manual_seed(0)
+    model = tiny_model(family, layers=2).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    strategy = Peft(config=peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, **options))
+    session = memrt.prepare(model, [strategy], lr=1e-1)
+    for batch in tiny_batches(family, count=2):
+        session.train_micro_batch(lambda b=batch: model_loss(model, b))  # type: ignore[misc]
+        session.step()
+    session.detach()
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():  # two roundings of fp32
+        assert torch.allclose(after[name], tensor, rtol=0, atol=float(4e-7 * tensor.abs().max()))
+    session, batch = memrt.prepare(model, [strategy]), tiny_batches(family)[0]
+    with torch.no_grad():
+        adapted = model.eval()(**batch).logits
+        exported = session.export().eval()(**batch).logits
+    assert torch.allclose(exported, adapted, atol=1e-5)
+
+
+def test_weights_that_a_start_rounds_are_kept_apart() -> None:
+    """LoftQ's, which nothing else tells."""
+    model, config = fresh(), SimpleNamespace(init_lora_weights="loftq")
+    weights = weights_at_risk(config, model)
+    memrt.prepare(model, [Peft(rank=2)])
+    parts = parts_taken(config, model, weights, adapter="default")
+    layers = [layer.get_base_layer() for _, layer in adapter_layers(model)]
+    wanted = [layer.weight.clone() for layer in layers]
+    for layer in layers:
+        layer.weight.data = layer.weight.data.round(decimals=2)
+    give_back(parts)
+    assert len(parts) == len(layers) > 0
+    assert all(torch.equal(a.weight, b) for a, b in zip(layers, wanted, strict=True))
+    assert not weights_at_risk(SimpleNamespace(init_lora_weights="pissa"), model)
+
+
+def test_a_start_that_fails_halfway_leaves_the_model_as_it_was() -> None:
+    """Layers before the one that is no number have started."""
+    model: Any = fresh()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    strategy = Peft(rank=4, targets=tuple(TARGETS), options={"init_lora_weights": "pissa"})
+    with pytest.raises(RuntimeError, match="non-finite"):
+        memrt.prepare(model, [strategy])
+    assert model.state_dict().keys() == before.keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, before[name], rtol=0, atol=1e-6, equal_nan=True)
