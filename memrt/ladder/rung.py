@@ -283,7 +283,8 @@ class Join(nn.Module):
     """Brings the side's last state up to the backbone's width and joins both.
 
     "exact": H + up(S), with up starting at zero, so that the model starts as the backbone.
-    "lst": up(S). "qst": (1 - a) up(S) + a H, with a one learned number a channel.
+    "lst": up(S). "qst": (1 - a) up(S) + a H, with a one learned number a channel and up as a
+    linear layer begins, with a bias, as in the authors' code.
     """
 
     def __init__(
@@ -293,7 +294,7 @@ class Join(nn.Module):
         self.stream = stream
         self.form = form
         self.norm = norm
-        self.up = nn.Linear(side, hidden, bias=form != "qst")
+        self.up = nn.Linear(side, hidden)
         if form == "exact":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)

@@ -333,6 +333,20 @@ def test_qst_s_join_with_its_mixture_open_is_the_backbone() -> None:
     assert torch.equal(logits(model, batch_of("llama")), expected)
 
 
+def test_qst_s_join_has_a_bias_and_starts_as_a_linear_layer_does() -> None:
+    """As in the authors' code; "exact" and "lst" have one too, of zeros."""
+    for form in ("qst", "lst", "exact"):
+        model = model_of("llama").eval()
+        ladder(model, start=form)
+        up = model.model.norm.ladder.up.requires_grad_(False)
+        assert up.bias.shape == (up.out_features,)
+        assert bool(up.bias.any()) is (form == "qst")
+        if form == "qst":
+            bound = up.in_features**-0.5
+            assert float(up.bias.abs().max()) <= bound
+            assert 0.9 * bound < float(up.weight.abs().max()) <= bound
+
+
 @pytest.mark.parametrize(
     ("options", "rungs"), [({"every": 2}, [1, 3]), ({"layers": (0, 2)}, [0, 2])]
 )
