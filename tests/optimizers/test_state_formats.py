@@ -189,6 +189,34 @@ def test_code_maps_exist_once() -> None:
 # ---------------------------------------------------------------- every format
 
 
+@pytest.mark.parametrize("name", list(STATE_FORMATS))
+def test_many_updates_at_once_are_each_alone(name: str) -> None:
+    """Whatever their dtypes, strides, rounding keys, and how often each was stepped before."""
+    form = STATE_FORMATS[name]()
+
+    def made() -> list[Update]:
+        generator = torch.Generator().manual_seed(3)
+        kinds = [(torch.bfloat16, (1, 2)), (torch.float32, None), (torch.float16, None)]
+        found = []
+        for number, (dtype, key) in enumerate([*kinds, (torch.bfloat16, None), *kinds]):
+            shape = (67, 3 + number)
+            given = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+            if number == 5:
+                given = [tensor.t().contiguous().t() for tensor in given]
+            found.append(Update(*given, form.create(shape, DEVICE), key))
+            for _ in range(number):
+                form.adamw(found[-1:], SETTINGS)
+        return found
+
+    together, alone = made(), made()
+    form.adamw(together, SETTINGS)
+    for number, (ours, theirs) in enumerate(zip(together, alone, strict=True)):
+        form.adamw([theirs], SETTINGS)
+        assert ours.state["step"] == number + 1
+        assert torch.equal(ours.parameter, theirs.parameter), number
+        assert all(torch.equal(ours.state[key], theirs.state[key]) for key in ours.state), number
+
+
 @pytest.mark.parametrize(
     ("name", "share"), [("float32", 1e-6), ("int8", 0.03), ("fp8", 0.03), ("int4", 0.35)]
 )
