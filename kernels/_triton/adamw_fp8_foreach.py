@@ -44,6 +44,15 @@ class Kind(NamedTuple):
 
 
 @triton.jit
+def place_at(entry, like_ptr, ALIGNED: tl.constexpr):
+    """The address that lies there, of elements like those of `like_ptr`."""
+    place = tl.load(entry).to(like_ptr.dtype)
+    if ALIGNED:
+        place = tl.multiple_of(place, 16)
+    return place
+
+
+@triton.jit
 def adamw_fp8_foreach_kernel(
     tensors_ptr,
     p_ptr,
@@ -73,49 +82,32 @@ def adamw_fp8_foreach_kernel(
     row = tensors_ptr + MAX_TENSORS + index * COLUMNS
     first = (program - tl.load(tensors_ptr + index)) * (GROUPS * BLOCKS)
     for block in range(BLOCKS):
-        p_place = tl.load(row).to(p_ptr.dtype)
-        g_place = tl.load(row + 1).to(g_ptr.dtype)
-        m_codes_ptr = tl.load(row + 2).to(codes_ptr.dtype)
-        v_codes_ptr = tl.load(row + 3).to(codes_ptr.dtype)
-        m_largest_ptr = tl.load(row + 4).to(largest_ptr.dtype)
-        v_largest_ptr = tl.load(row + 5).to(largest_ptr.dtype)
-        m_power_ptr = tl.load(row + 6).to(codes_ptr.dtype)
-        v_power_ptr = tl.load(row + 7).to(codes_ptr.dtype)
         num_elements = tl.load(row + 8)
-        step_size = tl.load(row + 9).to(tl.int32).to(tl.float32, bitcast=True)
-        correction = tl.load(row + 10).to(tl.int32).to(tl.float32, bitcast=True)
-        key0 = tl.load(row + 11).to(tl.int32)
-        key1 = tl.load(row + 12).to(tl.int32)
-        step = tl.load(row + 13).to(tl.int32)
         if ALIGNED:
-            p_place = tl.multiple_of(p_place, 16)
-            g_place = tl.multiple_of(g_place, 16)
-            m_codes_ptr = tl.multiple_of(m_codes_ptr, 16)
-            v_codes_ptr = tl.multiple_of(v_codes_ptr, 16)
             num_elements = tl.multiple_of(num_elements, 16)
         step_groups(
             first + block * GROUPS + tl.arange(0, GROUPS)[:, None],
-            p_place,
-            g_place,
-            m_codes_ptr,
-            v_codes_ptr,
-            m_largest_ptr,
-            v_largest_ptr,
-            m_power_ptr,
-            v_power_ptr,
+            place_at(row, p_ptr, ALIGNED),
+            place_at(row + 1, g_ptr, ALIGNED),
+            place_at(row + 2, codes_ptr, ALIGNED),
+            place_at(row + 3, codes_ptr, ALIGNED),
+            place_at(row + 4, largest_ptr, False),
+            place_at(row + 5, largest_ptr, False),
+            place_at(row + 6, codes_ptr, False),
+            place_at(row + 7, codes_ptr, False),
             table_ptr,
             num_elements,
             decay,
-            step_size,
+            tl.load(row + 9).to(tl.int32).to(tl.float32, bitcast=True),
             beta1,
             rest1,
             beta2,
             rest2,
-            correction,
+            tl.load(row + 10).to(tl.int32).to(tl.float32, bitcast=True),
             eps,
-            key0,
-            key1,
-            step,
+            tl.load(row + 11).to(tl.int32),
+            tl.load(row + 12).to(tl.int32),
+            tl.load(row + 13).to(tl.int32),
             STOCHASTIC,
             GROUP_SIZE,
         )
