@@ -92,7 +92,9 @@ def adamw_int4_reference(
 ) -> None:
     """The step in plain PyTorch, in place, of all elements at once. For reading and for tests."""
     number = int(step)
-    scalars = torch.tensor(step_scalars(number, lr, beta1, beta2, eps, weight_decay))
+    scalars = torch.tensor(
+        step_scalars(number, lr, beta1, beta2, eps, weight_decay), dtype=torch.float32
+    )
     weight = parameter.contiguous().view(-1)
     _step_piece(
         weight,
@@ -155,7 +157,7 @@ def adamw_int4(
         launch(weight, grad, state, scalars, rounding_key, number)
     else:
         key = key_tensor(parameter, rounding_key, number)
-        _step_in_pieces(weight, grad, state, torch.tensor(scalars), key)
+        _step_in_pieces(weight, grad, state, torch.tensor(scalars, dtype=torch.float32), key)
     if not parameter.is_contiguous():
         parameter.copy_(weight.view(parameter.shape))
 

@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memrt.kernels.default_dtype import float32_by_default
 from memrt.kernels.dynamic_map import (
     BLOCK_SIZE,
     dequantize_blockwise_reference,
@@ -179,14 +180,15 @@ def _update_piece(
     for part in _pieces(piece.start, piece.stop, size):
         local = slice(part.start - piece.start, part.stop - piece.start)
         blocks = slice(part.start // BLOCK_SIZE, num_blocks(part.stop))
-        update(
-            g=gradient32[local],
-            p=weight32[local],
-            state1=codes[0][part],
-            state2=codes[1][part],
-            absmax1=scales[0][blocks],
-            absmax2=scales[1][blocks],
-        )
+        with float32_by_default():
+            update(
+                g=gradient32[local],
+                p=weight32[local],
+                state1=codes[0][part],
+                state2=codes[1][part],
+                absmax1=scales[0][blocks],
+                absmax2=scales[1][blocks],
+            )
     if rounding is not None:
         stochastic_copy_(weight[piece], weight32, rounding=rounding, first_index=piece.start)
     elif weight.dtype != torch.float32:
@@ -284,7 +286,7 @@ def _pieces(start: int, stop: int, size: int) -> Iterator[slice]:
 
 def _bitsandbytes_update() -> Callable[..., None]:
     try:
-        with without_hub_warning():
+        with without_hub_warning(), float32_by_default():
             from bitsandbytes.functional import optimizer_update_8bit_blockwise
     except ImportError as error:
         raise ImportError(

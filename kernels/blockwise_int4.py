@@ -60,7 +60,7 @@ def quantize_dynamic_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize_dynamic_reference(codes: Tensor, scale: Tensor) -> Tensor:
     """x' [blocks, 128] of codes (int32) and scales [blocks]."""
-    return torch.tensor(MAP, device=codes.device)[codes] * scale.unsqueeze(1)
+    return torch.tensor(MAP, dtype=torch.float32, device=codes.device)[codes] * scale.unsqueeze(1)
 
 
 def quantize_square_reference(x: Tensor) -> tuple[Tensor, Tensor]:

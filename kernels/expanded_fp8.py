@@ -78,7 +78,7 @@ def decoding_table(device: torch.device) -> Tensor:
     powers = torch.arange(256, dtype=torch.uint8)
     # a large a, so that no small share falls below the smallest number
     table = dequantize_expanded_reference(
-        codes, torch.full((256,), LARGEST), powers, positive=False
+        codes, torch.full((256,), LARGEST, dtype=torch.float32), powers, positive=False
     )
     return (table / LARGEST).to(device)
 

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from memrt.kernels.default_dtype import float32_by_default
 from memrt.kernels.dynamic_map import dynamic_map
 from memrt.kernels.quiet import without_hub_warning
 from memrt.profiling.ledger import register_workspace
@@ -130,7 +131,7 @@ def _parts(packed: Tensor, num_elements: int) -> _Parts:
 def nf4_quantize_reference(weight: Tensor) -> Tensor:
     """The formula at the top of this file in plain PyTorch."""
     num_elements = weight.numel()
-    levels = torch.tensor(LEVELS)
+    levels = torch.tensor(LEVELS, dtype=torch.float32)
     padding = _num_blocks(num_elements) * BLOCK_SIZE - num_elements
     blocks = functional.pad(weight.float().flatten(), (0, padding)).view(-1, BLOCK_SIZE)
     scales = blocks.abs().amax(dim=1)  # [num_blocks]
@@ -141,7 +142,7 @@ def nf4_quantize_reference(weight: Tensor) -> Tensor:
     padding = -(-len(scales) // OUTER_BLOCK_SIZE) * OUTER_BLOCK_SIZE - len(scales)
     centred = functional.pad(scales - offset, (0, padding)).view(-1, OUTER_BLOCK_SIZE)
     outer = centred.abs().amax(dim=1)
-    outer_map = torch.tensor(dynamic_map(signed=True))
+    outer_map = torch.tensor(dynamic_map(signed=True), dtype=torch.float32)
     normalised = centred / torch.where(outer > 0, outer, 1.0)[:, None]
     scale_codes = torch.searchsorted((outer_map[1:] + outer_map[:-1]) / 2, normalised)
 
@@ -160,9 +161,14 @@ def nf4_dequantize_reference(packed: Tensor, shape: Sequence[int], dtype: torch.
     num_elements = math.prod(shape)
     parts = _parts(packed, num_elements)
     outer = parts.outer_scales.repeat_interleave(OUTER_BLOCK_SIZE)[: len(parts.scale_codes)]
-    scales = torch.tensor(dynamic_map(signed=True))[parts.scale_codes.int()] * outer + parts.offset
+    scales = (
+        torch.tensor(dynamic_map(signed=True), dtype=torch.float32)[parts.scale_codes.int()] * outer
+        + parts.offset
+    )
     codes = torch.stack([parts.codes >> 4, parts.codes & 15], dim=1).flatten()
-    values = torch.tensor(LEVELS)[codes.int()] * scales.repeat_interleave(BLOCK_SIZE)
+    values = torch.tensor(LEVELS, dtype=torch.float32)[codes.int()] * scales.repeat_interleave(
+        BLOCK_SIZE
+    )
     return values[:num_elements].to(dtype).view(*shape)
 
 
@@ -185,21 +191,23 @@ def _quantize(weight: Tensor) -> Tensor:
     bitsandbytes = _operators()
     parts = _parts(packed, num_elements)
     flat = weight.contiguous().view(-1)
-    scales = torch.empty(_num_blocks(num_elements), device=weight.device)
+    scales = torch.empty(_num_blocks(num_elements), dtype=torch.float32, device=weight.device)
     size = _piece_elements(weight.device.type)
     for first in range(0, num_elements, size):
         piece = flat[first : first + size]
         piece = functional.pad(piece, (0, -len(piece) % BLOCK_SIZE)) if len(piece) % 64 else piece
-        codes, found = bitsandbytes.quantize_4bit(
-            piece.view(-1, BLOCK_SIZE), BLOCK_SIZE, "nf4", torch.uint8
-        )
+        with float32_by_default():
+            codes, found = bitsandbytes.quantize_4bit(
+                piece.view(-1, BLOCK_SIZE), BLOCK_SIZE, "nf4", torch.uint8
+            )
         parts.codes[first // 2 : first // 2 + codes.numel()] = codes.view(-1)
         scales[first // BLOCK_SIZE : first // BLOCK_SIZE + len(found)] = found
     parts.offset.copy_(scales.mean())
     scales -= parts.offset
-    codes, outer = bitsandbytes.quantize_blockwise(
-        scales, _outer_map(weight.device), OUTER_BLOCK_SIZE
-    )
+    with float32_by_default():
+        codes, outer = bitsandbytes.quantize_blockwise(
+            scales, _outer_map(weight.device), OUTER_BLOCK_SIZE
+        )
     parts.scale_codes.copy_(codes)
     parts.outer_scales.copy_(outer)
     return packed
@@ -215,7 +223,8 @@ def _(weight: Tensor) -> Tensor:
 def nf4_dequantize(packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The weight of `shape` in `dtype` that a packed one stands for; a new tensor."""
     _check_dtype(dtype)
-    return _dequantize(packed, shape, dtype)
+    with float32_by_default():
+        return _dequantize(packed, shape, dtype)
 
 
 def _dequantize(packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -285,12 +294,12 @@ def _check_dtype(dtype: torch.dtype) -> None:
 
 @cache
 def _outer_map(device: torch.device) -> Tensor:
-    return torch.tensor(dynamic_map(signed=True), device=device)
+    return torch.tensor(dynamic_map(signed=True), dtype=torch.float32, device=device)
 
 
 def _operators() -> Any:
     try:
-        with without_hub_warning():
+        with without_hub_warning(), float32_by_default():
             import bitsandbytes  # noqa: F401 - registers torch.ops.bitsandbytes
     except ImportError as error:
         raise ImportError(

@@ -101,7 +101,7 @@ class BackwardUpdates(Attachment):
         self._told = False
         self._passes_agree = False
         """Whether a second pass has given the gradients of the first, once in this run."""
-        self._noise = torch.zeros(())
+        self._noise = torch.zeros((), dtype=torch.float32)
         self._names = {p: name for name, p in run.model.named_parameters() if p.requires_grad}
         self._updated_here = settings.in_backward(run.facts)
         self._hooks = [

@@ -75,8 +75,8 @@ class Int8(StateFormat):
     def _maps_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._maps:
             self._maps[device] = (
-                torch.tensor(dynamic_map(signed=True), device=device),
-                torch.tensor(dynamic_map(signed=False), device=device),
+                torch.tensor(dynamic_map(signed=True), dtype=torch.float32, device=device),
+                torch.tensor(dynamic_map(signed=False), dtype=torch.float32, device=device),
             )
         return self._maps[device]
 

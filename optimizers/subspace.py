@@ -177,7 +177,9 @@ class Subspace:
         key = f"{self._seed},{self._index},{self.refresh_count}".encode()
         generator = torch.Generator(device=self._device)
         generator.manual_seed(int.from_bytes(blake2b(key, digest_size=8).digest(), "big"))
-        noise = torch.randn(size, num_random, generator=generator, device=self._device)
+        noise = torch.randn(
+            size, num_random, generator=generator, dtype=torch.float32, device=self._device
+        )
         return noise if old is None else torch.cat([old, noise], dim=1)
 
     def gradient(self) -> Tensor | None:

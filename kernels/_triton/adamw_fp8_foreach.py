@@ -171,7 +171,8 @@ def _launch_some(kind: Kind, ones: Sequence[One]) -> None:
 
 def _table(ones: Sequence[One]) -> tuple[Tensor, int]:
     """The first program of each, filled up with numbers that none has, then a row for each."""
-    firsts, rows = [], []
+    firsts: list[int] = []
+    rows: list[int] = []
     num_programs = 0
     for one in ones:
         firsts.append(num_programs)

@@ -55,7 +55,9 @@ class Selection:
 
     def matrix(self, hidden: int) -> Tensor:
         """One 1 a column."""
-        made = torch.zeros(hidden, len(self.channels), device=self.channels.device)
+        made = torch.zeros(
+            hidden, len(self.channels), dtype=torch.float32, device=self.channels.device
+        )
         return made.scatter_(0, self.channels[None, :], 1.0)
 
 
@@ -72,8 +74,10 @@ class Projection:
     def pooling(cls, hidden: int, side: int, *, device: torch.device) -> Projection:
         """Sums of hidden / side neighbouring channels, each of length 1."""
         reduction = hidden // side
-        basis = torch.eye(side, device=device).repeat_interleave(reduction, dim=0)
-        share = torch.tensor(side / hidden, device=device)
+        basis = torch.eye(side, dtype=torch.float32, device=device).repeat_interleave(
+            reduction, dim=0
+        )
+        share = torch.tensor(side / hidden, dtype=torch.float32, device=device)
         return cls(basis=basis / reduction**0.5, energy=share)
 
     def along(self, tensor: Tensor, axis: int) -> Tensor:

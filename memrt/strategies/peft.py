@@ -40,6 +40,7 @@ from memrt.adapters import (
 )
 from memrt.base_record import base_record
 from memrt.errors import unknown_name
+from memrt.kernels.default_dtype import float32_by_default
 from memrt.kernels.quiet import without_hub_warning
 from memrt.optimizer_slots import wide_moments
 from memrt.packed_weights import packed_layers
@@ -286,7 +287,7 @@ def _require_biases_once(config: Any, model: nn.Module) -> None:
 
 def _config_class(kind: Any, what: str, *, lower: bool = False) -> Any:
     """PEFT's class for a kind of adapters."""
-    with without_hub_warning():  # PEFT imports bitsandbytes
+    with without_hub_warning(), float32_by_default():  # PEFT imports bitsandbytes
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kinds = {

@@ -32,7 +32,7 @@ def test_every_method_is_a_stack_of_strategies_and_has_its_own_name() -> None:
         assert list(method.learning_rates) == sorted(set(method.learning_rates))
         assert METHODS[method.rate_of or BASELINE].rate_of is None  # whose own proxies choose
     assert METHODS[BASELINE].strategies == ()
-    assert len({method.strategies for method in METHODS.values()}) == len(METHODS)
+    assert len({(each.strategies, each.rate_of) for each in METHODS.values()}) == len(METHODS)
 
 
 @pytest.fixture

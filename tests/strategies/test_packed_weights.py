@@ -177,7 +177,9 @@ def test_what_a_family_looks_at_the_dtype_of_stays() -> None:
 def test_fused_experts_are_named(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("WARNING", logger="memrt"):
         load(CONFIGS["mixtral"](), ["int8"])
-    assert "not in linear layers that can be packed (such as model.layers.0.mlp.experts" in caplog.text
+    assert (
+        "not in linear layers that can be packed (such as model.layers.0.mlp.experts" in caplog.text
+    )
 
 
 # -------------------------------------------------------------------- the values
