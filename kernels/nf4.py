@@ -179,7 +179,8 @@ def nf4_dequantize_reference(packed: Tensor, shape: Sequence[int], dtype: torch.
 def nf4_quantize(weight: Tensor) -> Tensor:
     """The packed NF4 form, uint8 [nf4_bytes(n)], of a weight of n elements (fp32, bf16, fp16)."""
     _check_dtype(weight.dtype)
-    return _quantize(weight)
+    with float32_by_default():
+        return _quantize(weight)
 
 
 def _quantize(weight: Tensor) -> Tensor:
@@ -196,18 +197,16 @@ def _quantize(weight: Tensor) -> Tensor:
     for first in range(0, num_elements, size):
         piece = flat[first : first + size]
         piece = functional.pad(piece, (0, -len(piece) % BLOCK_SIZE)) if len(piece) % 64 else piece
-        with float32_by_default():
-            codes, found = bitsandbytes.quantize_4bit(
-                piece.view(-1, BLOCK_SIZE), BLOCK_SIZE, "nf4", torch.uint8
-            )
+        codes, found = bitsandbytes.quantize_4bit(
+            piece.view(-1, BLOCK_SIZE), BLOCK_SIZE, "nf4", torch.uint8
+        )
         parts.codes[first // 2 : first // 2 + codes.numel()] = codes.view(-1)
         scales[first // BLOCK_SIZE : first // BLOCK_SIZE + len(found)] = found
     parts.offset.copy_(scales.mean())
     scales -= parts.offset
-    with float32_by_default():
-        codes, outer = bitsandbytes.quantize_blockwise(
-            scales, _outer_map(weight.device), OUTER_BLOCK_SIZE
-        )
+    codes, outer = bitsandbytes.quantize_blockwise(
+        scales, _outer_map(weight.device), OUTER_BLOCK_SIZE
+    )
     parts.scale_codes.copy_(codes)
     parts.outer_scales.copy_(outer)
     return packed
