@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.optimizer_step import whole_steps
-from benchmarks.quality import sst2_table
+from benchmarks.quality import speeds, sst2_table, why
 from benchmarks.quality import table as quality_table
 from benchmarks.record import RESULTS, ROOT, SCHEMA, check_record
 
@@ -27,7 +27,9 @@ PAGE = ROOT / "benchmarks" / "README.md"
 NONE = "No result is committed yet."
 
 _TABLE = re.compile(
-    r"(<!-- table: (results|sst2|quality|whole-steps) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- table: (results|sst2|quality|quality-why|quality-speeds|whole-steps) -->\n).*?"
+    r"(<!-- end -->)",
+    re.DOTALL,
 )
 
 
@@ -94,6 +96,8 @@ _MADE = {
     "results": results_table,
     "sst2": _tables("sst2", sst2_table.markdown),
     "quality": _tables("quality", quality_table.markdown),
+    "quality-why": _tables("quality_why", why.markdown),
+    "quality-speeds": _tables("quality_speeds", speeds.markdown),
     "whole-steps": _tables("optimizer_step", whole_steps.markdown),
 }
 

@@ -2,7 +2,6 @@
 
     MEMRT_DATA=folder python -m benchmarks.quality.run FOLDER                  # everything
     MEMRT_DATA=folder python -m benchmarks.quality.run FOLDER --task gsm8k --methods adamw galore
-    MEMRT_DATA=folder python -m benchmarks.quality.run FOLDER --speeds         # on a quiet machine
 
 Trains the base model if FOLDER has none (`base_model`). For every task and method three short runs
 choose a learning rate by the loss on a part of the held-out text, and one longer run with the best
@@ -12,8 +11,7 @@ a `memrt train` in a folder of its own, so that its report holds loss and memory
 Resumable: a run that has its report is not repeated, so an interrupted command is given again.
 Budget on one core: about 40 minutes for the base model, then 4 hours (a minute a proxy, three a
 full run). The result is written after every method, to `--output`, from the runs of the
-tasks and methods that were asked for. Speeds are comparable only where nothing else computes, so
-they have runs of their own, one after another, that are always made anew: `--speeds`.
+tasks and methods that were asked for. Speeds have runs of their own: `benchmarks.quality.speeds`.
 """
 
 from __future__ import annotations
@@ -22,9 +20,7 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +28,8 @@ from benchmarks.quality.base_model import EVALUATION_TEXT, TRAINING_TEXTS, train
 from benchmarks.quality.methods import BASELINE, METHODS, Method
 from benchmarks.record import RESULTS, conditions, make_record, write_record
 from memrt.cli.main import main as memrt
-from memrt.memory_report import NUM_STEPS
 
-__all__ = ["TASKS", "main"]
+__all__ = ["TASKS", "main", "train_once"]
 
 CLAIM = "From one base model, at equal steps: what a method's memory costs in held-out loss."
 GOAL = "shown beside AdamW's; no bound is set on models this small"
@@ -46,8 +41,6 @@ TASKS: dict[str, dict[str, str]] = {
 }
 PART_CHARACTERS = 100_000
 """Of the held-out text that proxies are judged by; results are of all of it."""
-SPEED_STEPS = 50
-"""A refresh interval of the low-rank methods, and whole ones of the layerwise."""
 
 
 def held_out_part(folder: Path, data: Path) -> Path:
@@ -60,7 +53,7 @@ def held_out_part(folder: Path, data: Path) -> Path:
     return path
 
 
-def _train(
+def train_once(
     run: Path,
     *,
     base: Path,
@@ -95,24 +88,6 @@ def _train(
     return found
 
 
-def _tokens_per_second(row: Mapping[str, Any], *, base: Path, data: Path) -> float:
-    """Of a run that evaluates nothing, behind the steps that the report counts."""
-    method = METHODS[row["method"]]
-    without = ("data.evaluation_path=null", "data.evaluation_fraction=0")
-    with tempfile.TemporaryDirectory() as folder:
-        report = _train(
-            Path(folder),
-            base=base,
-            data=data,
-            task=row["task"],
-            method=replace(method, overrides=(*method.overrides, *without)),
-            lr=row["learning_rate"],
-            steps=NUM_STEPS + SPEED_STEPS,
-        )
-    speed: float = report["tokens_per_second"]
-    return speed
-
-
 def _method_rows(
     name: str, *, folder: Path, data: Path, task: str, proxy_steps: int, steps: int
 ) -> dict[str, Any]:
@@ -126,7 +101,7 @@ def _method_rows(
 
     chooser = method.rate_of or name
     proxies = {
-        lr: _train(
+        lr: train_once(
             run_of(chooser, lr, proxy_steps),
             method=METHODS[chooser],
             lr=lr,
@@ -137,7 +112,7 @@ def _method_rows(
         for lr in METHODS[chooser].learning_rates
     }
     best = min(proxies, key=lambda lr: proxies[lr]["evaluation_loss"] or float("inf"))
-    full = _train(run_of(name, best, steps), method=method, lr=best, steps=steps, **where)
+    full = train_once(run_of(name, best, steps), method=method, lr=best, steps=steps, **where)
     return {
         "task": task,
         "method": name,
@@ -146,14 +121,13 @@ def _method_rows(
         "learning_rate_of": chooser,
         "proxy_losses": {f"{lr:g}": each["evaluation_loss"] for lr, each in proxies.items()},
         **{key: full[key] for key in ("evaluation_loss", "loss", "peak_bytes", "account_maxima")},
-        "tokens_per_second": None,
     }
 
 
 def _base_loss(folder: Path, data: Path, task: str) -> float:
     """The base model's own held-out loss: a run of one step with a learning rate of 0."""
     run = folder / "runs" / f"{task}-base"
-    report = _train(
+    report = train_once(
         run,
         base=folder / "model",
         data=data,
@@ -167,13 +141,9 @@ def _base_loss(folder: Path, data: Path, task: str) -> float:
 
 
 def _beside_adamw(row: dict[str, Any], baseline: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A row with its loss and speed beside those of AdamW's, where there is one."""
-    speeds = row["tokens_per_second"], baseline and baseline["tokens_per_second"]
-    return {
-        **row,
-        "above_adamw": baseline and row["evaluation_loss"] - baseline["evaluation_loss"],
-        "of_adamws_speed": speeds[0] / speeds[1] if all(speeds) else None,
-    }
+    """A row with its loss beside AdamW's, where there is one."""
+    above = baseline and row["evaluation_loss"] - baseline["evaluation_loss"]
+    return {**row, "above_adamw": above}
 
 
 def _outcome(rows: list[dict[str, Any]], base: Mapping[str, float]) -> dict[str, Any]:
@@ -202,9 +172,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--proxy-steps", type=int, default=40)
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument(
-        "--speeds", action="store_true", help="then measure speeds; nothing else may compute"
-    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: benchmarks/results")
     options = parser.parse_args(argv)
     data = Path(os.environ.get("MEMRT_DATA", "")).resolve()
@@ -237,12 +204,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             )
             write()
-    if options.speeds:
-        for row in rows:
-            row["tokens_per_second"] = _tokens_per_second(
-                row, base=options.folder / "model", data=data
-            )
-        write()
     return 0
 
 

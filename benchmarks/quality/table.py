@@ -23,15 +23,7 @@ def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['learning_rate']:g} ({proxies})",
         f"{row['peak_bytes'] / _MIB:.0f}",
         *(f"{row['account_maxima'].get(account, 0) / _MIB:.0f}" for account in _ACCOUNTS),
-        _speed(row),
     )
-
-
-def _speed(row: Mapping[str, Any]) -> str:
-    if not row["tokens_per_second"]:
-        return ""
-    beside = row["of_adamws_speed"]
-    return f"{row['tokens_per_second']:,.0f}" + ("" if beside is None else f" ({beside:.2f})")
 
 
 def _loss(value: float | None) -> str:
@@ -42,9 +34,7 @@ def _table(record: Mapping[str, Any], task: str) -> list[str]:
     summary, configuration = record["summary"], record["conditions"]["configuration"]
     rows = [row for row in summary["rows"] if row["task"] == task]
     header = ("method", "held-out loss", "above AdamW", "rate (proxies)", "peak", *_ACCOUNTS)
-    cells = [(*header, "tokens/s (of AdamW's)"), ("---",) * (len(header) + 1), *map(_row, rows)]
-    if not any(row["tokens_per_second"] for row in rows):  # were not measured
-        cells = [row[:-1] for row in cells]
+    cells = [header, ("---",) * len(header), *map(_row, rows)]
     lines = [
         f"**{task}**: {configuration['steps']} steps after {configuration['proxy_steps']} steps "
         f"with each of three rates; the base's own loss is "
@@ -59,6 +49,6 @@ def _table(record: Mapping[str, Any], task: str) -> list[str]:
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """A table for each task: loss, the rates that were tried, bytes by account (MiB), speed."""
+    """A table for each task: loss, the rates that were tried, bytes by account (MiB)."""
     tasks = list(record["summary"]["base_evaluation_loss"])
     return "\n\n".join("\n".join(_table(record, task)) for task in tasks)
