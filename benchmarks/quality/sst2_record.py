@@ -56,6 +56,8 @@ def _stack_row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "loss": fmean(run["loss"] for run in runs),
         "seconds": fmean(run["seconds"] for run in runs),
         "processor_seconds": fmean(run["processor_seconds"] for run in runs),
+        "cpus": sorted({run["cpu"] for run in runs}),
+        "commits": sorted({run["commit"] for run in runs}),
         "peak_bytes": first["counted_peak_bytes"],
         "accounts": first["counted_accounts"],
         "account_maxima": first["counted_account_maxima"],

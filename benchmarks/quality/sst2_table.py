@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality.sst2_stacks import STACKS
@@ -14,7 +15,7 @@ _ACCOUNTS = ("weights", "gradients", "optimizer", "activations", "workspace")
 _VERDICTS = {True: "met", False: "**missed**", None: "not judged"}
 
 
-def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _row(row: Mapping[str, Any], usual: str) -> tuple[str, ...]:
     below = row["below_adamw"]
     accounts = (row["accounts"].get(account, 0) for account in _ACCOUNTS)
     return (
@@ -26,8 +27,19 @@ def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
         f"{row['learning_rate']:g}",
         f"{row['peak_bytes'] / _MIB:.0f}",
         *(f"{each / _MIB:.0f}" for each in accounts),
-        f"{row['processor_seconds']:.0f}",
+        f"{row['processor_seconds']:.0f}" + ("" if row["cpus"] == [usual] else " *"),
     )
+
+
+def _made_on(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """The processor of most rows, and a sentence about processors and commits."""
+    usual = Counter(cpu for row in rows for cpu in row["cpus"]).most_common(1)[0][0]
+    commits = sorted({commit for row in rows for commit in row["commits"]})
+    others = sorted({cpu for row in rows for cpu in row["cpus"]} - {usual})
+    text = f"processor seconds of a run's training on {usual}"
+    if others:
+        text += f" (* on {', '.join(others)})"
+    return usual, f"{text}; runs of commit {', '.join(commits)}."
 
 
 def _probe(probe: Mapping[str, float]) -> str:
@@ -39,8 +51,8 @@ def _probe(probe: Mapping[str, float]) -> str:
 
 def markdown(record: Mapping[str, Any]) -> str:
     """A caption, a row for each stack, and what is refused with its reason."""
-    summary, found = record["summary"], record["conditions"]
-    configuration = found["configuration"]
+    summary, configuration = record["summary"], record["conditions"]["configuration"]
+    usual, made_on = _made_on(summary["rows"])
     rows = [
         (
             *("stack", "accuracy (seeds)", "AdamW", "probe", "goal", "rate", "peak"),
@@ -48,7 +60,7 @@ def markdown(record: Mapping[str, Any]) -> str:
             "seconds",
         ),
         ("---",) * 13,
-        *map(_row, summary["rows"]),
+        *(_row(row, usual) for row in summary["rows"]),
     ]
     caption = (
         f"SST-2's dev set, {configuration['model']}, {configuration['steps']} steps of "
@@ -58,7 +70,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"points above full "
         f"AdamW and above a linear probe on the frozen encoder "
         f"({_probe(summary['probe'])}); bytes at the peak of a step on the longest "
-        f"rows, MiB; processor seconds of a run's training on {found['cpu']}."
+        f"rows, MiB; {made_on}"
     )
     lines = [
         caption,

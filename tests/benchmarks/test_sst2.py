@@ -50,6 +50,8 @@ def a_run(stack: str, accuracy: float, seed: int) -> dict[str, Any]:
         "steps": 150,
         "seconds": 40.0,
         "processor_seconds": 30.0,
+        "commit": "0123456789ab",
+        "cpu": "a processor",
         "counted_peak_bytes": 5 << 20,
         "counted_accounts": {"weights": 4 << 20, "gradients": 1 << 20},
         "counted_account_maxima": {"weights": 4 << 20},
@@ -138,6 +140,11 @@ def test_goals_are_judged_by_means_of_three_seeds() -> None:
     assert "- `fused_loss`: no language-model head" in table
     assert "Not in this result: activation_checkpoint;" in table
     assert "| adamw | 86.0 (86.0, 85.0, 87.0) | +0.0 | +7.0 | met |" in table
+    assert "training on a processor; runs of commit 0123456789ab." in table
+    record["summary"]["rows"][1].update(cpus=["another"], commits=["ba9876543210"])
+    table = markdown(record)
+    assert "on a processor (* on another); runs of commit 0123456789ab, ba9876543210." in table
+    assert [line.endswith(" 30 * |") for line in table.splitlines() if "30" in line][:2] == [0, 1]
 
 
 def test_the_probe_finds_the_side_of_a_plane() -> None:
@@ -196,7 +203,11 @@ def test_a_thousand_rows_beat_the_frozen_encoder(tmp_path: Path, data: Path, enc
 
 
 def test_a_run_is_made_once(
-    tmp_path: Path, data: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    data: Path,
+    encoder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     made: list[tuple[str, int]] = []
 
@@ -221,9 +232,25 @@ def test_a_run_is_made_once(
     assert [run["seed"] for run in record["repetitions"]] == [1, 1, 2, 2]
     with pytest.raises(SystemExit):  # other settings, the same folder
         sst2.main([str(tmp_path / "w"), "--rows", "16", "--output", str(tmp_path)])
+    carried = [str(tmp_path / "carried"), "--from", str(path), "--output", str(tmp_path / "new")]
+    made.clear()
+    assert sst2.main([*carried, "--stacks", BASELINE, "lisa", "--seeds", "1"]) == 0
+    assert made == [(STACKS["lisa"].strategies[0], 1)]  # AdamW's was carried over
+    (second,) = (tmp_path / "new").glob("sst2-*.json")
+    assert json.loads(second.read_text("utf-8"))["repetitions"][0] == record["repetitions"][0]
+
     monkeypatch.setattr(sst2, "chosen_rate", lambda _: 2e-4)
-    with pytest.raises(ValueError, match=r"was made with a learning rate of 0\.0001"):
+    with pytest.raises(SystemExit):
         sst2.main([*words, BASELINE])
+    assert "was made with a learning rate of 0.0001" in capsys.readouterr().err
+    made.clear()  # a result of another rate gives nothing
+    elsewhere = str(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit):  # what is made in its place says 0.0001 here, too
+        sst2.main([elsewhere, *carried[1:], "--stacks", BASELINE, "--seeds", "1"])
+    assert made == [("", 1)]
+    with pytest.raises(SystemExit):  # nor one of other settings
+        sst2.main([str(tmp_path / "s"), *carried[1:], "--epochs", "2"])
+    assert "--from: that result is of" in capsys.readouterr().err
 
 
 @pytest.mark.slow
