@@ -148,7 +148,6 @@ def _beside_adamw(row: dict[str, Any], baseline: Mapping[str, Any] | None) -> di
 
 def _outcome(rows: list[dict[str, Any]], base: Mapping[str, float]) -> dict[str, Any]:
     baseline = {row["task"]: row for row in rows if row["method"] == BASELINE}
-    text = "; ".join(f"{row['task']} {row['method']}: {row['evaluation_loss']:.3f}" for row in rows)
     return {
         "repetitions": rows,
         "summary": {
@@ -156,8 +155,20 @@ def _outcome(rows: list[dict[str, Any]], base: Mapping[str, float]) -> dict[str,
             "rows": [_beside_adamw(row, baseline.get(row["task"])) for row in rows],
         },
         "met": None,
-        "reason": f"held-out loss: {text}",
+        "reason": "; ".join(_extremes(task, loss, rows) for task, loss in base.items()),
     }
+
+
+def _extremes(task: str, base: float, rows: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence of a task: the base, AdamW, and the methods that end lowest and highest."""
+    losses = {row["method"]: row["evaluation_loss"] for row in rows if row["task"] == task}
+    words = [f"{task}: held-out loss of the base {base:.3f}"]
+    if BASELINE in losses:
+        words.append(f"AdamW {losses[BASELINE]:.3f}")
+    for word, choose in (("lowest", min), ("highest", max)):
+        name = choose(losses, key=losses.__getitem__, default=None)
+        words += [] if name is None else [f"the {word} {name} {losses[name]:.3f}"]
+    return ", ".join(words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

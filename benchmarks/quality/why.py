@@ -99,11 +99,12 @@ def _run(variant: Variant, *, folder: Path, data: Path) -> dict[str, Any]:
 def _outcome(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     reference = next(row["evaluation_loss"] for row in rows if row["method"] == BASELINE)
     beside = [{**row, "above_adamw": row["evaluation_loss"] - reference} for row in rows]
+    changed = [row for row in beside if row["change"]]
     words = "; ".join(
-        f"{row['method']}{', ' + row['change'] if row['change'] else ''}: "
-        f"{row['evaluation_loss']:.3f}"
-        for row in beside
+        f"{row['method']}, {row['change']}: {row['above_adamw']:+.3f} above AdamW"
+        for row in changed
     )
+    words = words or f"AdamW {reference:.3f}"
     return {"repetitions": list(rows), "summary": {"rows": beside}, "met": None, "reason": words}
 
 

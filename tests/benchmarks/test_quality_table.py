@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.quality import speeds, why
+from benchmarks.quality import run, speeds, why
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.table import markdown
 
@@ -106,3 +106,16 @@ def test_changed_methods_are_told_beside_adamw(
     table = why.markdown({"summary": why._outcome(rows)["summary"]})
     assert "| adamw |  | 150 | 0.001 | 3.000 | +0.000 | 2 |" in table
     assert "| lisa | twice the steps | 300 | 0.003 | 3.250 | +0.250 | 2 |" in table
+
+
+def test_a_sentence_of_a_task_names_the_lowest_and_the_highest() -> None:
+    rows = [
+        {"task": "gsm8k", "method": method, "evaluation_loss": loss}
+        for method, loss in (("adamw", 3.0), ("apollo", 2.5), ("badam", 4.0))
+    ]
+    outcome = run._outcome(rows, {"gsm8k": 8.0, "wikitext2": 4.75})
+    assert outcome["reason"] == (
+        "gsm8k: held-out loss of the base 8.000, AdamW 3.000, the lowest apollo 2.500, "
+        "the highest badam 4.000; wikitext2: held-out loss of the base 4.750"
+    )
+    assert [row["above_adamw"] for row in outcome["summary"]["rows"]] == [0.0, -0.5, 1.0]
