@@ -156,8 +156,11 @@ def adamw_int8(
     codes = (exp_avg_codes.view(-1), exp_avg_sq_codes.view(-1))
     scales = (exp_avg_scales, exp_avg_sq_scales)
     rounding = _rounding(parameter, rounding_key, step)
-    for piece in _pieces(0, weight.numel(), PIECE_ELEMENTS):
-        _update_piece(update, piece, weight, grad, codes, scales, 1 - lr * weight_decay, rounding)
+    with float32_by_default():
+        for piece in _pieces(0, weight.numel(), PIECE_ELEMENTS):
+            _update_piece(
+                update, piece, weight, grad, codes, scales, 1 - lr * weight_decay, rounding
+            )
     if not parameter.is_contiguous():
         parameter.copy_(weight.view(parameter.shape))
     exp_avg_sq_codes.clamp_(min=1)
@@ -180,15 +183,14 @@ def _update_piece(
     for part in _pieces(piece.start, piece.stop, size):
         local = slice(part.start - piece.start, part.stop - piece.start)
         blocks = slice(part.start // BLOCK_SIZE, num_blocks(part.stop))
-        with float32_by_default():
-            update(
-                g=gradient32[local],
-                p=weight32[local],
-                state1=codes[0][part],
-                state2=codes[1][part],
-                absmax1=scales[0][blocks],
-                absmax2=scales[1][blocks],
-            )
+        update(
+            g=gradient32[local],
+            p=weight32[local],
+            state1=codes[0][part],
+            state2=codes[1][part],
+            absmax1=scales[0][blocks],
+            absmax2=scales[1][blocks],
+        )
     if rounding is not None:
         stochastic_copy_(weight[piece], weight32, rounding=rounding, first_index=piece.start)
     elif weight.dtype != torch.float32:
