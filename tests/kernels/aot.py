@@ -1,20 +1,25 @@
 """Compiles Triton kernels ahead of time for GPUs that this machine does not have.
 
-`compile_ahead` runs this file in a process of its own, where Triton is not interpreting, and gives
+`compile_ahead` asks a process that runs this file, where Triton is not interpreting, and gives
 for every architecture what ptxas says of the kernel: registers a thread, bytes spilled to memory,
-shared memory, and the machine's instructions.
+shared memory, and the machine's instructions. All tests of a process ask the same one, for the
+imports take longer than a compilation.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = (80, 89, 90, 100)
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """The most that a block may have (CUDA C++ Programming Guide, technical specifications)."""
+_MOST_SECONDS = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,25 +58,46 @@ def compile_ahead(
         "constants": dict(constants),
         "options": options,
     }
+    asked = _compiler()
+    assert asked.stdin is not None
+    assert asked.stdout is not None
+    asked.stdin.write(json.dumps(request) + "\n")
+    asked.stdin.flush()
+    ready, _, _ = select.select([asked.stdout], [], [], _MOST_SECONDS)
+    assert ready, f"{kernel}: no answer within {_MOST_SECONDS} seconds"
+    answer = json.loads(asked.stdout.readline() or '{"error": "the compiler has ended"}')
+    assert "error" not in answer, answer["error"]
+    return {int(architecture): Resources(**each) for architecture, each in answer.items()}
+
+
+@cache
+def _compiler() -> subprocess.Popen[str]:
+    """The process that compiles, until this one ends."""
+    folder = tempfile.TemporaryDirectory(prefix="triton-cache")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
-            [sys.executable, __file__],
-            input=json.dumps(request),
-            env={
-                **environment,
-                "PYTHONPATH": str(ROOT),
-                "TRITON_CACHE_DIR": cache,
-                "TRITON_DEFAULT_FP_FUSION": "1",
-            },
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {int(architecture): Resources(**each) for architecture, each in found.items()}
+    started = subprocess.Popen(
+        [sys.executable, __file__],
+        env={
+            **environment,
+            "PYTHONPATH": str(ROOT),
+            "TRITON_CACHE_DIR": folder.name,
+            "TRITON_DEFAULT_FP_FUSION": "1",
+        },
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def end() -> None:
+        assert started.stdin is not None
+        assert started.stdout is not None
+        started.stdin.close()
+        started.wait(60)
+        started.stdout.close()
+        folder.cleanup()
+
+    atexit.register(end)
+    return started
 
 
 def _compile(request: Mapping[str, Any], architecture: int) -> Resources:
@@ -125,12 +152,17 @@ def _target(ptx: str) -> str:
 
 
 def main() -> None:
-    """Read a request from standard input, write the resources as the last line of the output."""
-    request = json.load(sys.stdin)
-    found = {
-        architecture: asdict(_compile(request, architecture)) for architecture in ARCHITECTURES
-    }
-    sys.stdout.write(f"\n{json.dumps(found)}\n")
+    """Answer every request, a line of standard input, with a line: resources, or the error."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what others print is no answer
+    for line in sys.stdin:
+        try:
+            request = json.loads(line)
+            found = {each: asdict(_compile(request, each)) for each in ARCHITECTURES}
+        except Exception:  # noqa: BLE001 - the error is the answer
+            found = {"error": traceback.format_exc()}
+        answers.write(json.dumps(found) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
