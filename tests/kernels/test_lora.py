@@ -180,8 +180,10 @@ def test_pieces_change_sums_alone(adapter: torch.dtype, monkeypatch: pytest.Monk
         gradient = torch.linspace(-1, 1, result.numel()).view(result.shape).bfloat16()
         results.append([result, *torch.autograd.grad(result, (output, x, a, b), gradient)])
     for one, other in zip(*results, strict=True):
-        tolerance = 4 * torch.finfo(adapter if one.dtype == adapter else one.dtype).eps
-        assert torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+        tolerance = 4 * torch.finfo(one.dtype).eps
+        # sums of terms that are as large as the largest of them: processors add in other orders
+        largest = float(one.abs().max()) if one.dtype == torch.float32 else 1.0
+        assert torch.allclose(one, other, rtol=tolerance, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
