@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks import generated_pages, strategy_pages, update_semantics
 from memrt import registry
+from memrt.kernels.quiet import errors_only
 from memrt.profiling.render import to_markdown
 
 __all__ = ["TABLES", "fill", "main", "pages"]
@@ -102,19 +103,26 @@ def pages() -> Iterator[Path]:
     yield from sorted((ROOT / "docs").glob("*.md"))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Rewrite the tables, or check them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="change nothing, say what is stale")
-    options = parser.parse_args(argv)
-    stale = generated_pages.refresh(ROOT, check=options.check)
+def _refresh(*, check: bool) -> list[str]:
+    """The pages that are stale, made anew unless they are only checked."""
+    stale = generated_pages.refresh(ROOT, check=check)
     for page in pages():
         text = page.read_text("utf-8")
         filled = fill(text)
         if filled != text:
             stale.append(page.relative_to(ROOT).as_posix())
-            if not options.check:
+            if not check:
                 page.write_text(filled, "utf-8")
+    return stale
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Rewrite the tables, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, say what is stale")
+    options = parser.parse_args(argv)
+    with errors_only("memrt"):  # advice about stacks that are tried for the tables alone
+        stale = _refresh(check=options.check)
     if stale and options.check:
         print(f"stale: {', '.join(stale)}; run python -m benchmarks.tables")
         return 1

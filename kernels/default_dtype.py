@@ -18,6 +18,9 @@ def float32_by_default() -> Iterator[None]:
     while a bf16 model loads, or in a script that sets the default dtype, it would round by others.
     """
     before = torch.get_default_dtype()
+    if before is torch.float32:  # as it mostly is: operators enter this at every call
+        yield
+        return
     torch.set_default_dtype(torch.float32)
     try:
         yield

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 __all__ = ["errors_only", "without_hub_warning"]
 
@@ -25,6 +26,9 @@ def without_hub_warning() -> AbstractContextManager[None]:
     """For importing bitsandbytes, or PEFT and transformers.Trainer, which import it.
 
     On the CPU, bitsandbytes 0.50 looks for a kernel on a hub and warns that it has none. It is the
-    first line that a user would read, and it tells of nothing that memrt uses.
+    first line that a user would read, and it tells of nothing that memrt uses. Where it is imported
+    already there is nothing to quiet: operators ask for it at every call.
     """
+    if "bitsandbytes" in sys.modules:
+        return nullcontext()
     return errors_only("bitsandbytes.backends.cpu.ops")
