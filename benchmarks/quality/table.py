@@ -38,12 +38,18 @@ def _table(record: Mapping[str, Any], task: str) -> list[str]:
     lines = [
         f"**{task}**: {configuration['steps']} steps after {configuration['proxy_steps']} steps "
         f"with each of three rates; the base's own loss is "
-        f"{summary['base_evaluation_loss'][task]:.3f}.",
+        f"{summary['base_evaluation_loss'][task]:.3f} (trained and continued on "
+        f"{record['conditions']['cpu']}).",
         "",
         *("| " + " | ".join(row) + " |" for row in cells),
     ]
     missing = [name for name in METHODS if name not in {row["method"] for row in rows}]
-    if missing:
+    if len(missing) > len(rows):
+        lines += [
+            "",
+            f"{len(rows)} of {len(METHODS)} methods, compared with AdamW from their base.",
+        ]
+    elif missing:
         lines += ["", f"Not in this result: {'; '.join(missing)}."]
     return lines
 

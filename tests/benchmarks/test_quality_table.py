@@ -26,26 +26,33 @@ def row_of(method: str, loss: float, above: float | None) -> dict[str, Any]:
 
 
 def test_every_task_has_a_table_that_says_what_is_missing() -> None:
+    most = list(METHODS)[:-1]
     record = {
-        "conditions": {"configuration": {"steps": 150, "proxy_steps": 40}},
+        "conditions": {
+            "cpu": "a processor",
+            "configuration": {"steps": 150, "proxy_steps": 40},
+        },
         "summary": {
             "base_evaluation_loss": {"gsm8k": 8.5, "wikitext2": 4.75},
-            "rows": [row_of("adamw", 4.0, 0.0), row_of("galore", 4.25, 0.25)],
+            "rows": [
+                *(row_of(name, 4.25 if name == "galore" else 4.0, 0.25) for name in most),
+                {**row_of("adamw", 4.0, 0.0), "task": "wikitext2"},
+            ],
         },
     }
     first, second = markdown(record).split("**wikitext2**")
     assert "150 steps after 40" in first
-    assert "the base's own loss is 8.500" in first
-    cells = [line.split(" | ") for line in first.splitlines() if line.startswith("| galore")]
+    assert "the base's own loss is 8.500 (trained and continued on a processor)" in first
+    cells = [line.split(" | ") for line in first.splitlines() if line.startswith("| galore |")]
     assert cells == [
         [
             *("| galore", "4.250", "+0.250", "0.001 (0.0003: 5.250, 0.001: 4.125, 0.003: none)"),
             *("3", "2", "0", "0", "1", "0 |"),
         ]
     ]
-    assert "Not in this result: int8_states;" in first
+    assert first.strip().endswith(f"Not in this result: {list(METHODS)[-1]}.")
     assert "4.750" in second
-    assert second.strip().endswith(f"{list(METHODS)[-1]}.")
+    assert second.endswith(f"1 of {len(METHODS)} methods, compared with AdamW from their base.")
 
 
 def test_speeds_are_beside_adamws_of_the_same_round() -> None:
