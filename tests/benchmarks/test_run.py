@@ -7,14 +7,17 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import run
+from benchmarks import render, run
 from benchmarks.optimizer_step import whole_steps
 from benchmarks.plan_accuracy.benchmark import rise_in_trace
+from benchmarks.quality import run as quality
+from benchmarks.quality import speeds, sst2_record, why
 from benchmarks.record import RESULTS, ROOT, check_record
 from benchmarks.shapes import SHAPES, llama_config
 
@@ -216,3 +219,20 @@ def test_the_commands_of_the_page_run_modules_that_exist() -> None:
     for module in modules:
         assert Path(ROOT, *module.split(".")).with_suffix(".py").exists(), module
     assert (ROOT / "benchmarks" / "gpu" / "run.sh").exists()
+
+
+def test_committed_results_are_judged_by_the_goals_of_today() -> None:
+    judges: dict[str, Any] = {
+        **{name: import_module(f"benchmarks.{name}.benchmark") for name in run.names()},
+        "quality": quality,
+        "quality_speeds": speeds,
+        "quality_why": why,
+        "sst2": sst2_record,
+    }
+    found = [
+        record for _, record in render.records(RESULTS) if not record["name"].startswith("gpu")
+    ]
+    assert {record["name"] for record in found} >= set(run.names())
+    for record in found:
+        judge = judges[record["name"]]
+        assert (record["claim"], record["goal"]) == (judge.CLAIM, judge.GOAL), record["name"]
