@@ -64,8 +64,12 @@ def compile_ahead(
     asked.stdin.write(json.dumps(request) + "\n")
     asked.stdin.flush()
     ready, _, _ = select.select([asked.stdout], [], [], _MOST_SECONDS)
-    assert ready, f"{kernel}: no answer within {_MOST_SECONDS} seconds"
-    answer = json.loads(asked.stdout.readline() or '{"error": "the compiler has ended"}')
+    line = asked.stdout.readline() if ready else ""
+    if not line:  # a late answer must not pass for the next request's
+        asked.kill()
+        _compiler.cache_clear()
+    assert line, f"{kernel}: the compiler ended, or gave no answer within {_MOST_SECONDS} seconds"
+    answer = json.loads(line)
     assert "error" not in answer, answer["error"]
     return {int(architecture): Resources(**each) for architecture, each in answer.items()}
 
