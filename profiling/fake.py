@@ -30,6 +30,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from memrt.profiling.fake_results import fake_result
+
 __all__ = [
     "IntegersForReal",
     "NotPlannableError",
@@ -56,6 +58,8 @@ _INTEGER_FACTORIES = frozenset({"aten::arange", "aten::randint"})
 
 # A decoder that is given no mask makes one of ones, in floats, and reads its values as booleans.
 _CONSTANTS = {"aten::ones": 1, "aten::ones_like": 1, "aten::new_ones": 1, "aten::zeros": 0}
+
+_DEVICE_OF = torch.ops.prim.device.default
 
 _DRAWS = frozenset({"aten::rand", "aten::rand_like"})  # from 0 to below 1
 
@@ -103,6 +107,8 @@ class IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _DEVICE_OF:
+            return args[0].device
         if func._schema.name in _BY_MASK:
             args = (args[0], _places(args[1]), *args[2:])
         if self._runs_for_real(func, args, kwargs):
@@ -119,7 +125,7 @@ class IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.lt.Scalar and args[1] <= 0 and self._is_draw(args[0]):
             with unset_fake_temporarily():
                 return torch.zeros(args[0].shape, dtype=torch.bool)
-        result = func(*args, **kwargs)
+        result = fake_result(func, args, kwargs)
         if isinstance(result, FakeTensor):
             self._note(func._schema.name, result)
         return result

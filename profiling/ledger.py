@@ -121,7 +121,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is _DEVICE_OF:
-            return func(*args)
+            return args[0].device
         if self._forward_since is not None and torch._C._current_graph_task_id() != -1:
             self._book_kept()
         result = func(*args, **(kwargs or {}))
