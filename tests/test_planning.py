@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -148,8 +147,7 @@ def test_layers_that_are_not_alike_are_all_run(spec: str) -> None:
     assert plan(_config(), [spec], batch_size=1, sequence_length=16).simulated_layers == (9,)
 
 
-def test_70b_is_planned_in_three_seconds_and_adds_up() -> None:
-    """The 70B shape; benchmarks hold the time, here only that layers are shared."""
+def test_70b_is_planned_from_a_few_layers_and_adds_up() -> None:
     from transformers import LlamaConfig
 
     config = LlamaConfig(
@@ -161,11 +159,10 @@ def test_70b_is_planned_in_three_seconds_and_adds_up() -> None:
         vocab_size=128256,
         use_cache=False,
     )
-    began = time.perf_counter()
     found = plan(
         config, ["activation_checkpoint"], sequence_length=2048, dtype=torch.bfloat16, gpu="80GiB"
     )
-    assert time.perf_counter() - began < 30
+    assert found.simulated_layers == (4, 5, 6)
     parameters = 70_553_706_496
     accounts = found.simulation.peak.accounts
     assert accounts["gradients"] == 2 * parameters

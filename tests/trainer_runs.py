@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import dataclasses
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from memrt import Trainer as MemrtTrainer
 from memrt import TrainingArguments
 from memrt.profiling.log_values import is_log_value
-from memrt.testing import FAMILIES, tiny_batches, tiny_model
+from memrt.testing import tiny_batches, tiny_model
 
 __all__ = [
     "CHECKPOINTING",
@@ -166,19 +164,3 @@ def assert_same(one: Any, other: Any) -> None:
             assert_same(ours, theirs)
     else:
         assert one == other
-
-
-def _settle() -> None:
-    """Take what the imports made out of the garbage collector's sight.
-
-    Every `train()` collects garbage, which takes half a second over transformers' modules, five
-    times as long as six steps of a tiny model.
-    """
-    for family in FAMILIES:
-        tiny_model(family, layers=1)
-    gc.collect()
-    gc.freeze()
-    atexit.register(gc.unfreeze)  # libraries count what is left at the end
-
-
-_settle()
