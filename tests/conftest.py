@@ -12,14 +12,25 @@ from memrt.testing import FAMILIES, tiny_model
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """Take what the imports and the collected tests are made of out of the garbage collector's
-    sight.
+    """Imports and collected tests stay: a third of the time of all tests went by looking at them.
 
     Every `train()` collects garbage, which takes half a second over transformers' modules, five
-    times as long as six steps of a tiny model: a fifth of the time of all tests.
+    times as long as six steps of a tiny model.
     """
     for family in FAMILIES:  # transformers imports its models when they are made
         tiny_model(family, layers=1)
+    _settle()
+    atexit.register(gc.unfreeze)  # libraries count what is left at the end
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What a file's tests leave stays too: later imports, compiled code, results by test."""
+    if nextitem is not None and nextitem.path != item.path:
+        _settle()
+
+
+def _settle() -> None:
+    """Take what is alive out of the garbage collector's sight."""
     gc.collect()
     gc.freeze()
-    atexit.register(gc.unfreeze)  # libraries count what is left at the end
