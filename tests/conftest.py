@@ -12,7 +12,7 @@ from memrt.testing import FAMILIES, tiny_model
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """Imports and collected tests stay: a third of the time of all tests went by looking at them.
+    """Imports and collected tests stay: a fifth of the time of all tests went by looking at them.
 
     Every `train()` collects garbage, which takes half a second over transformers' modules, five
     times as long as six steps of a tiny model.
