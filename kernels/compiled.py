@@ -2,7 +2,7 @@
 
 Eager PyTorch makes a pass over memory for each operation, and a fused optimizer step has hundreds
 of them. Compiled, the same function is a few loops: 8 times faster for the FP8 step (2^18 elements
-on one AVX-512 core, torch 2.13: 5.6 ms for 47 ms). It takes a C++ compiler and some seconds once,
+on one AVX-512 core, torch 2.13: 5.6 ms for 47 ms). It takes a C++ compiler and up to a minute once,
 so operators compile from a size on, and call the function itself below it.
 
 Inductor has a float's bits read through memory, in a loop that the compiler makes vectors of. Tuned

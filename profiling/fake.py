@@ -59,8 +59,6 @@ _INTEGER_FACTORIES = frozenset({"aten::arange", "aten::randint"})
 # A decoder that is given no mask makes one of ones, in floats, and reads its values as booleans.
 _CONSTANTS = {"aten::ones": 1, "aten::ones_like": 1, "aten::new_ones": 1, "aten::zeros": 0}
 
-_DEVICE_OF = torch.ops.prim.device.default
-
 _DRAWS = frozenset({"aten::rand", "aten::rand_like"})  # from 0 to below 1
 
 
@@ -107,8 +105,6 @@ class IntegersForReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _DEVICE_OF:
-            return args[0].device
         if func._schema.name in _BY_MASK:
             args = (args[0], _places(args[1]), *args[2:])
         if self._runs_for_real(func, args, kwargs):

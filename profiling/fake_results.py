@@ -1,6 +1,6 @@
 """Fake results that were computed before: a model's layers and steps repeat the same operators.
 
-`FakeTensorMode` remembers results too, and takes half of a fake run's time to describe the
+`FakeTensorMode` remembers results too, and takes a third of a fake run's time to describe the
 arguments. What a plan meets is simpler: an operator that writes to nothing and returns one tensor,
 whose shape, strides and dtype follow from those of fake arguments alone. It is a new one, or a view
 of an argument.
@@ -18,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_
 
 __all__ = ["fake_result"]
 
-_VALUES = (int, float, str, type(None), torch.dtype, torch.device, torch.layout)
+_SETTINGS = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_VALUES = (int, float, str, type(None), *_SETTINGS)
 
 
 class _NotDescribedError(Exception):
@@ -81,7 +82,7 @@ def _describe(key: list[Any], values: Iterable[Any]) -> FakeTensorMode | None:
         elif isinstance(value, (list, tuple)):
             key += (type(value), len(value))
             mode = _describe(key, value) or mode
-        elif isinstance(value, (*_VALUES, torch.memory_format)):
+        elif isinstance(value, _VALUES):
             key += (type(value), value)  # 1 and 1.0 are equal, and give other dtypes
         else:
             raise _NotDescribedError

@@ -46,7 +46,7 @@ def test_verification_passes_what_rounding_alone_moves(family: str, tmp_path: Pa
     _random_adapters(family, tmp_path)
     check = export_checkpoint(tmp_path / "adapter", tmp_path / "out", verify=True).check
     assert check is not None
-    assert 0 < check.max_difference <= check.tolerance
+    assert 0 < check.max_difference <= check.tolerance < 3e-4 * check.rms
     lost = _logits_without_each_adapter(tmp_path)
     assert len(lost) >= 8
     assert min(lost.values()) > 20 * check.tolerance, lost
