@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from memrt.kernels.compiled import CompiledFunction
-from memrt.kernels.stochastic_rounding import random_bits_reference, stochastic_round_reference
+from memrt.kernels.stochastic_rounding import random_bits_from, stochastic_round_reference
 
 __all__ = [
     "COMPILED_FROM_ELEMENTS",
@@ -150,8 +150,7 @@ def key_tensor(parameter: Tensor, rounding_key: Sequence[int] | None, step: int)
 def write_parameter(parameter: Tensor, p: Tensor, key: Tensor | None, first_index: Tensor) -> None:
     """parameter <- p (fp32), both flat; `first_index` counts from the whole parameter's start."""
     if key is not None:
-        index = first_index + torch.arange(p.numel(), device=p.device)
-        p = stochastic_round_reference(p, random_bits_reference(index, key, key[2]))
+        p = stochastic_round_reference(p, random_bits_from(first_index, p.numel(), key, key[2]))
     parameter.copy_(p)
 
 

@@ -102,8 +102,8 @@ def quantize_expanded_reference(x: Tensor, *, positive: bool) -> tuple[Tensor, T
     below = _octaves(*_log2(torch.where(is_zero, largest_known, magnitude)), exponent, fraction)
     factor, n = _exp2_parts(below * (power * 0.0625))
     expanded = ((factor * 448.0).view(torch.int32) + (n << 23)).view(torch.float32)
-    codes = torch.where(is_zero, 0, _to_e4m3(expanded))
-    codes = codes | torch.where((x < 0) & ~is_zero, 128, 0)
+    codes = _to_e4m3(expanded)
+    codes = torch.where(is_zero, 0, torch.where(x < 0, codes | 128, codes))
     return codes.to(torch.uint8), largest.squeeze(1), power.to(torch.uint8).squeeze(1)
 
 

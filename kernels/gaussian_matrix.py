@@ -7,7 +7,7 @@ For [rows, columns] with N elements, H = ceil(N / 2) and pairs k = 0 ... H - 1 (
     element k + H = std · sqrt(-2 ln a) · sin(2 pi b)
     hash(i) = mix(mix(i ^ key0) ^ key1)
 
-with mix a bijection of 32-bit words: xor-shift, multiply, xor-shift, multiply, xor-shift.
+with mix a bijection of 32-bit words (`memrt.kernels.counter_hash`).
 Logarithm, root and sine are taken in fp64 and rounded to fp32 once: one device gives what another
 does, but for an fp64 error on a boundary of fp32, of one element in some 10^8, which is then off by
 one unit in the last place; and a resumed run gives the same bits.
@@ -21,22 +21,20 @@ large enough to be compiled (`COMPILED_FROM_ELEMENTS`), half of torch.randn's 8.
 from __future__ import annotations
 
 import math
-from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memrt.kernels.compiled import CompiledFunction
+from memrt.kernels.counter_hash import mix
 from memrt.kernels.dispatch import uses_triton
 from memrt.profiling.ledger import register_workspace
 
-__all__ = ["gaussian_matrix", "gaussian_pairs_reference", "matrix_key", "workspace_bytes"]
+__all__ = ["gaussian_matrix", "gaussian_pairs_reference", "workspace_bytes"]
 
 MASK = 0xFFFFFFFF
 Key = tuple[int, int] | tuple[Tensor, Tensor]
-# odd, and below 2^31: then 32-bit products do not overflow int64
-MULTIPLIERS = (0x7FEB352D, 0x68BC21EB)
 PIECE_PAIRS = 2**16  # 5 MiB of scratch
 SCRATCH_BYTES = 72
 # Compiled code is made for whole pieces; the rest of a matrix, and a matrix too small to be worth
@@ -44,24 +42,9 @@ SCRATCH_BYTES = 72
 COMPILED_FROM_ELEMENTS = 2**18
 
 
-def matrix_key(*numbers: int) -> tuple[int, int]:
-    """Two words below 2^31 for a seed and whatever else sets a matrix apart."""
-    text = ",".join(str(number) for number in numbers)
-    digest = blake2b(text.encode(), digest_size=8).digest()
-    low, high = (int.from_bytes(part, "big") >> 1 for part in (digest[:4], digest[4:]))
-    return low, high
-
-
-def _mix(x: Tensor) -> Tensor:
-    first, second = MULTIPLIERS
-    x = ((x ^ (x >> 16)) * first) & MASK
-    x = ((x ^ (x >> 15)) * second) & MASK
-    return x ^ (x >> 16)
-
-
 def _hash(index: Tensor, key: Key) -> Tensor:
-    """32 bits (int64) for each index below 2^32."""
-    return _mix(_mix(index ^ key[0]) ^ key[1])
+    """32 bits (int64) for each index below 2^32 (int64)."""
+    return mix(mix(index.to(torch.int32) ^ key[0]) ^ key[1]).to(torch.int64) & MASK
 
 
 def gaussian_pairs_reference(pairs: Tensor, key: Key) -> tuple[Tensor, Tensor]:

@@ -14,27 +14,29 @@ device and in Triton, the same in a resumed run, and nothing to save but the see
     key0, key1 = 62 bits of blake2b(seed, parameter, lifetime)
     hash = mix(mix(element ^ mix(key0 ^ step)) + high ^ key1),  element + 2^32 * high the index
 
-with mix a bijection of 32-bit words: xor-shift, multiply, xor-shift, multiply, xor-shift. The
-lifetime tells steps of one number apart where a parameter's count of steps begins anew.
+with mix a bijection of 32-bit words (`memrt.kernels.counter_hash`). The lifetime tells steps of one
+number apart where a parameter's count of steps begins anew.
 
-Temporaries: 57 bytes an element of a piece of at most 2^16 elements on the CPU (`workspace_bytes`);
+Temporaries: 29 bytes an element of a piece of at most 2^16 elements on the CPU (`workspace_bytes`);
 none on CUDA. Nothing of it is differentiable.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from memrt.kernels.compiled import CompiledFunction
+from memrt.kernels.counter_hash import key_words, mix
 from memrt.kernels.dispatch import uses_triton
 from memrt.profiling.ledger import register_workspace
 
 __all__ = [
     "Rounding",
+    "random_bits_from",
     "random_bits_reference",
     "rounding_key",
     "stochastic_copy_",
@@ -42,11 +44,12 @@ __all__ = [
     "workspace_bytes",
 ]
 
-MASK = 0xFFFFFFFF
-# odd, and below 2^31: then 32-bit products do not overflow int64, which PyTorch has on every device
-MULTIPLIERS = (0x7FEB352D, 0x68BC21EB)
+SIGN = -(2**31)
 PIECE_ELEMENTS = 2**16
-SCRATCH_BYTES = 57
+SCRATCH_BYTES = 29  # 28.1 were seen, and fewer of compiled pieces
+# Compiled code is made for whole pieces; the rest of a parameter, and one too small to be worth
+# some seconds of compiling, are rounded eagerly, to the same bits.
+COMPILED_FROM_ELEMENTS = 2**18
 
 
 class Rounding(NamedTuple):
@@ -60,25 +63,28 @@ class Rounding(NamedTuple):
 
 def rounding_key(seed: int, parameter: int, lifetime: int = 0) -> tuple[int, int]:
     """Two words below 2^31 for a seed, a parameter's number and how often its steps began anew."""
-    words = (seed, parameter, lifetime) if lifetime else (seed, parameter)
-    digest = blake2b(",".join(map(str, words)).encode(), digest_size=8).digest()
-    low, high = (int.from_bytes(part, "big") >> 1 for part in (digest[:4], digest[4:]))
-    return low, high
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A bijection of 32-bit words, held in int64."""
-    first, second = MULTIPLIERS
-    x = ((x ^ (x >> 16)) * first) & MASK
-    x = ((x ^ (x >> 15)) * second) & MASK
-    return x ^ (x >> 16)
+    return key_words(seed, parameter, *([lifetime] if lifetime else []))
 
 
 def random_bits_reference(index: Tensor, key: Tensor, step: Tensor) -> Tensor:
-    """16 random bits (int64) for each index (int64); key [2] and step (0-dim) on its device."""
-    keyed = _mix(key[0] ^ step.to(torch.int64))
-    x = _mix((index & MASK) ^ keyed)
-    return _mix(((x + (index >> 32)) & MASK) ^ key[1]) & 0xFFFF
+    """16 random bits (int32) for each index (int64); key [2] and step (0-dim) on its device."""
+    return _bits(index.to(torch.int32), (index >> 32).to(torch.int32), key, step)
+
+
+def random_bits_from(first_index: Tensor, num_elements: int, key: Tensor, step: Tensor) -> Tensor:
+    """The bits of fewer than 2^31 neighbours from `first_index` (0-dim int64) on.
+
+    In 32-bit arithmetic, whose vectors hold twice as many: the lower word wraps at most once.
+    """
+    first = first_index.to(torch.int32)
+    low = first + torch.arange(num_elements, dtype=torch.int32, device=first.device)
+    wrapped = (low ^ SIGN) < (first ^ SIGN)  # an unsigned comparison
+    return _bits(low, (first_index >> 32).to(torch.int32) + wrapped, key, step)
+
+
+def _bits(low: Tensor, high: Tensor, key: Tensor, step: Tensor) -> Tensor:
+    keyed = mix(key[0].to(torch.int32) ^ step.to(torch.int32))
+    return mix((mix(low ^ keyed) + high) ^ key[1]) & 0xFFFF
 
 
 def stochastic_round_reference(x: Tensor, bits: Tensor) -> Tensor:
@@ -115,11 +121,23 @@ def _stochastic_copy(
     flat = target.view(-1) if target.is_contiguous() else target.contiguous().view(-1)
     values = source.contiguous().view(-1)
     for start, stop in _pieces(flat.numel()):
-        index = torch.arange(first_index + start, first_index + stop)
-        bits = random_bits_reference(index, key, step)
-        flat[start:stop] = stochastic_round_reference(values[start:stop], bits)
+        first = torch.tensor(first_index + start)
+        piece = (flat[start:stop], values[start:stop], key, step, first)
+        whole = flat.numel() >= COMPILED_FROM_ELEMENTS and stop - start == PIECE_ELEMENTS
+        if not (whole and _compiled_piece(*piece)):
+            _round_piece(*piece)
     if not target.is_contiguous():
         target.copy_(flat.view(target.shape))
+
+
+def _round_piece(
+    target: Tensor, values: Tensor, key: Tensor, step: Tensor, first_index: Tensor
+) -> None:
+    bits = random_bits_from(first_index, values.numel(), key, step)
+    target.copy_(stochastic_round_reference(values, bits))
+
+
+_compiled_piece = CompiledFunction(_round_piece)
 
 
 @_stochastic_copy.register_fake

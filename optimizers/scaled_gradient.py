@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from memrt.kernels.counter_hash import key_words
 from memrt.kernels.formed_gradient import add_channels_, by_channel, channel_norms
-from memrt.kernels.gaussian_matrix import gaussian_matrix, matrix_key
+from memrt.kernels.gaussian_matrix import gaussian_matrix
 from memrt.kernels.stochastic_rounding import Rounding
 from memrt.optimizers.formed_projection import FormedProjection
 from memrt.optimizers.norm_growth import NormGrowthLimiter
@@ -116,7 +117,7 @@ class ScaledGradient(FormedProjection):
         return gaussian_matrix(
             min(self.weight_shape),
             self._rank,
-            key=matrix_key(self._seed, self._index, self.draw_count),
+            key=key_words(self._seed, self._index, self.draw_count),
             std=self._rank**-0.5,
             device=self._device,
         )

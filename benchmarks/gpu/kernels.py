@@ -22,8 +22,9 @@ from benchmarks.gpu.common import PartFile, Setting, empty, parse, synchronize
 from benchmarks.gpu.packing import nf4_problem
 from benchmarks.gpu.updates import copy_bytes_per_second
 from memrt.kernels.adalomo import adalomo_, adalomo_reference
+from memrt.kernels.counter_hash import key_words
 from memrt.kernels.formed_gradient import add_channels_, channel_norms
-from memrt.kernels.gaussian_matrix import gaussian_matrix, matrix_key
+from memrt.kernels.gaussian_matrix import gaussian_matrix
 from memrt.kernels.gradient_products import gradient_times, gradient_times_reference
 from memrt.kernels.int8_weights import int8_bytes, int8_dequantize, int8_quantize
 from memrt.kernels.ladder import ladder_down, ladder_reference
@@ -152,7 +153,7 @@ def _stochastic(given: _Inputs) -> Timed:
 
 def _gaussian(given: _Inputs) -> Timed:
     shape = (given.rows, given.columns // 8)
-    call = partial(gaussian_matrix, *shape, key=matrix_key(1, 2), std=1.0, device=given.device)
+    call = partial(gaussian_matrix, *shape, key=key_words(1, 2), std=1.0, device=given.device)
     plain = partial(torch.randn, *shape, device=given.device)
     return call, plain, 4 * shape[0] * shape[1]
 

@@ -36,7 +36,8 @@ from benchmarks.gpu.comparison import (
     three,
     with_gradients,
 )
-from memrt.kernels.gaussian_matrix import gaussian_matrix, matrix_key
+from memrt.kernels.counter_hash import key_words
+from memrt.kernels.gaussian_matrix import gaussian_matrix
 from memrt.kernels.gradient_products import (
     gradient_squared_norm,
     gradient_times,
@@ -155,7 +156,7 @@ def _lora(setting: Setting, dtype: torch.dtype, *, rank: int) -> dict[str, Any]:
 
 def _gaussian_matrix(setting: Setting) -> dict[str, Any]:
     """The device's matrix against the CPU's: the same numbers, but for one element in 10^8."""
-    key = matrix_key(42, 0)
+    key = key_words(42, 0)
     rows = 100 if setting.tiny else 1000
     ours, truth = (
         gaussian_matrix(rows, 701, key=key, std=1 / 3, device=device)

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memrt.kernels import stochastic_rounding as form
 from memrt.kernels._triton.launching import on_device_of
+from memrt.kernels.counter_hash import MULTIPLIERS
 from memrt.kernels.dispatch import require_triton
 
-FIRST = tl.constexpr(form.MULTIPLIERS[0])
-SECOND = tl.constexpr(form.MULTIPLIERS[1])
+FIRST = tl.constexpr(MULTIPLIERS[0])
+SECOND = tl.constexpr(MULTIPLIERS[1])
 BLOCK = 1024
 
 

@@ -11,10 +11,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memrt.kernels import gaussian_matrix as module
+from memrt.kernels.counter_hash import key_words
 from memrt.kernels.gaussian_matrix import (
     gaussian_matrix,
     gaussian_pairs_reference,
-    matrix_key,
     workspace_bytes,
 )
 from tests.kernels.aot import ARCHITECTURES, SHARED_LIMIT_BYTES, compile_ahead
@@ -27,7 +27,7 @@ MAX_REGISTERS = 96
 
 
 def make(rows: int, columns: int, *, std: float = 1.0, number: int = 0) -> torch.Tensor:
-    return gaussian_matrix(rows, columns, key=matrix_key(42, number), std=std, device=CPU)
+    return gaussian_matrix(rows, columns, key=key_words(42, number), std=std, device=CPU)
 
 
 def test_the_numbers_are_normal() -> None:
@@ -66,7 +66,7 @@ def test_pieces_make_the_whole(shape: tuple[int, int], monkeypatch: pytest.Monke
     assert torch.equal(make(*shape, std=0.25), whole)
     assert torch.equal(torch.get_rng_state(), before)
     count = whole.numel()
-    cosines, sines = gaussian_pairs_reference(torch.arange(-(-count // 2)), matrix_key(42, 0))
+    cosines, sines = gaussian_pairs_reference(torch.arange(-(-count // 2)), key_words(42, 0))
     expected = torch.cat([cosines, sines])[:count] * 0.25
     torch.testing.assert_close(whole.flatten(), expected.float(), rtol=2**-23, atol=0)
 
@@ -79,19 +79,19 @@ def test_the_hash_is_that_of_the_docstring() -> None:
             word = (word ^ (word >> shift)) * factor % 2**32
         return word ^ (word >> 16)
 
-    key = matrix_key(42, 7, 1)
+    key = key_words(42, 7, 1)
     assert all(0 <= word < 2**31 for word in key)
     numbers = [0, 1, 2, 12345, 2**31, 2**32 - 1]
     expected = [mix(mix(number ^ key[0]) ^ key[1]) for number in numbers]
     assert module._hash(torch.tensor(numbers), key).tolist() == expected
-    assert len({matrix_key(*numbers) for numbers in ((1, 23), (12, 3), (1, 2, 3))}) == 3
+    assert len({key_words(*numbers) for numbers in ((1, 23), (12, 3), (1, 2, 3))}) == 3
     with pytest.raises(ValueError, match="more than the hash"):
         make(2**17, 2**17)
 
 
 def test_no_pair_of_a_large_matrix_is_met_twice() -> None:
     """The hash is a bijection of words below 2^32."""
-    found = module._hash(torch.arange(2**18), matrix_key(1))
+    found = module._hash(torch.arange(2**18), key_words(1))
     assert found.unique().numel() == 2**18
 
 
@@ -122,7 +122,7 @@ def test_compiled_pieces_have_the_bits_of_eager_ones() -> None:
     found = make(600, 701, std=0.3)
     assert found.numel() >= module.COMPILED_FROM_ELEMENTS
     assert not module._compiled_piece.fell_back
-    cosines, sines = gaussian_pairs_reference(torch.arange(210_300), matrix_key(42, 0))
+    cosines, sines = gaussian_pairs_reference(torch.arange(210_300), key_words(42, 0))
     assert_same(found, torch.cat([cosines, sines]).mul_(0.3).float().view(600, 701))
 
 
@@ -137,7 +137,7 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 def call_of(*shape: int, std: float, device: str = "cpu") -> dict[str, Any]:
     target = torch.full(shape, float("nan"), device=device)
-    key0, key1 = matrix_key(42, 0)
+    key0, key1 = key_words(42, 0)
     return {"target": target, "key0": key0, "key1": key1, "std": std}
 
 

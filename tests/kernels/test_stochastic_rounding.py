@@ -42,7 +42,7 @@ def rounding(step: int = 1) -> Rounding:
 
 def mixed(x: int) -> int:
     """The hash's bijection in Python's integers."""
-    for shift, factor in ((16, module.MULTIPLIERS[0]), (15, module.MULTIPLIERS[1])):
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x68BC21EB)):
         x = ((x ^ (x >> shift)) * factor) % 2**32
     return x ^ (x >> 16)
 
@@ -137,6 +137,22 @@ def test_pieces_and_strides_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> No
     turned = torch.empty(31, 67).bfloat16().t()
     stochastic_copy_(turned, source.t().contiguous().t(), rounding=rounding())
     assert torch.equal(turned, whole)
+
+
+def test_compiled_pieces_have_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the index's lower word wraps inside a piece, and where values are special."""
+    monkeypatch.setattr(module, "PIECE_ELEMENTS", 512)
+    source = torch.randn(2100)
+    source[::7] = torch.tensor([torch.nan, torch.inf, -3.39e38, 0.0, 2.0**-140]).repeat(60)
+    eager, compiled = torch.empty(2, 2100).bfloat16()
+    stochastic_copy_(eager, source, rounding=rounding(), first_index=2**32 - 700)
+    monkeypatch.setattr(module, "COMPILED_FROM_ELEMENTS", 1)
+    stochastic_copy_(compiled, source, rounding=rounding(), first_index=2**32 - 700)
+    assert not module._compiled_piece.fell_back
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=0, equal_nan=True)
+    index = torch.arange(2**32 - 700, 2**32 + 1400)
+    expected = stochastic_round_reference(source, bits_of(index))
+    torch.testing.assert_close(eager, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # ---------------------------------------------------------------- the operator
