@@ -2,8 +2,9 @@
 
 Eager PyTorch makes a pass over memory for each operation, and a fused optimizer step has hundreds
 of them. Compiled, the same function is a few loops: 8 times faster for the FP8 step (2^18 elements
-on one AVX-512 core, torch 2.13: 5.6 ms for 47 ms). It takes a C++ compiler and up to a minute once,
-so operators compile from a size on, and call the function itself below it.
+on one AVX-512 core, torch 2.13: 5.6 ms for 47 ms). It takes a C++ compiler and time, once (28 to
+40 s for the FP8 step on one core, nearly all of it GCC's), so operators compile from a size on, and
+call the function itself below it.
 
 Inductor has a float's bits read through memory, in a loop that the compiler makes vectors of. Tuned
 for an Intel processor with AVX-512, it makes them 256 bits wide, and the 512 bits that are loaded

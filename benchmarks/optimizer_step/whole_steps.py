@@ -125,10 +125,10 @@ def summarise(found: Mapping[str, Any]) -> dict[str, Any]:
 def markdown(record: Mapping[str, Any]) -> str:
     """A table for every case and dtype of a record, for benchmarks/README.md."""
     summary: Mapping[str, Any] = record["summary"].get("whole steps", {})
-    if not summary:
-        return "The committed result is of updates alone, from before whole steps were timed."
     where = record["conditions"]
     when = f"{where['cpu']}, {where['date'][:10]}, {where['commit']}"
+    if not summary:
+        return f"{when}: updates alone, from before whole steps were timed."
     return "\n\n".join(_table(f"**{name}** ({when})", rows) for name, rows in summary.items())
 
 
