@@ -3,10 +3,11 @@
     MEMRT_DATA=folder python -m benchmarks.quality.why FOLDER
 
 FOLDER is that of `benchmarks.quality.run`, whose base model is trained if there is none. The papers
-of these methods report losses at AdamW's level, from longer runs of wider models. Each variant here
-gives a method more of what a short run of a narrow model takes from it: steps for every layer,
-layers at a time, rank, a higher learning rate. What the change gives back is told beside the
-method's own row and AdamW's, from the same base. Resumable; about an hour of one core.
+of LISA, GaLore, AdaLomo and BAdam report losses at AdamW's level, from longer runs of wider models
+(LOMO is SGD, which AdaLomo's paper shows behind). Each variant here gives a method more of what a
+short run of a narrow model takes from it: steps for every layer, layers at a time, rank, a higher
+learning rate, one rate for all that trains. What the change gives back is told beside the method's
+own row and AdamW's, from the same base. Resumable; about 80 minutes of one core.
 """
 
 from __future__ import annotations
@@ -61,6 +62,14 @@ VARIANTS = (
         strategies=("galore(rank=160, every=50)",),
         learning_rate=3e-3,
     ),
+    Variant(
+        method="galore",
+        change="scale 1 at AdamW's rate, not 0.25",
+        strategies=("galore(rank=64, every=50, scale=1.0)",),
+        learning_rate=1e-3,
+    ),
+    Variant(method="lomo", learning_rate=1.0),
+    Variant(method="lomo", change="rate 3, not 1", learning_rate=3.0),
     Variant(method="adalomo", learning_rate=8e-3),
     Variant(method="adalomo", change="rate 0.02, not 0.008", learning_rate=2e-2),
     Variant(method="badam, embeddings and head too", learning_rate=3e-3),
