@@ -101,15 +101,15 @@ def _reason(rows: Sequence[Mapping[str, Any]], probe: float) -> str:
     missed = [f"{row['stack']} {row['accuracy']:.3f}" for row in rows if row["met"] is False]
     lowest = min(rows, key=lambda row: row["accuracy"])
     full = next((row["accuracy"] for row in rows if row["stack"] == BASELINE), None)
-    words = [
+    words = [  # names of stacks have commas
         f"probe {probe:.3f}",
         *([] if full is None else [f"full AdamW {full:.3f}"]),
         f"{len(rows)} stacks, the lowest {lowest['stack']} {lowest['accuracy']:.3f}",
     ]
     if missed:
-        words.append("missed: " + ", ".join(missed))
+        words.append("missed: " + " / ".join(missed))
     for answer, word in ((True, "within"), (False, "not within")):
         ladders = [row["stack"] for row in rows if row["within_1_5"] is answer]
         if ladders:
-            words.append(f"{word} 1.5 points of AdamW: {', '.join(ladders)}")
+            words.append(f"{word} 1.5 points of AdamW: {' / '.join(ladders)}")
     return "; ".join(words)
