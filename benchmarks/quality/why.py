@@ -54,6 +54,12 @@ VARIANTS = (
         strategies=("lisa(layers=4, every=10)",),
         learning_rate=3e-3,
     ),
+    Variant(
+        method="lisa",
+        change="new layers every 50 steps, not 10",
+        strategies=("lisa(every=50)",),
+        learning_rate=3e-3,
+    ),
     Variant(method="lisa", change="twice the steps", learning_rate=3e-3, steps=300),
     Variant(method="galore", learning_rate=3e-3),
     Variant(
