@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from memrt import registry
@@ -75,6 +76,8 @@ def prepare(
         optimizer="adamw" if optimizer is None else type(optimizer).__name__,
         seed=seed,
         stochastic_rounding=stochastic_rounding is not False,
+        data_parallel=any(isinstance(part, nn.DataParallel) for part in model.modules()),
+        sharded=_sharing(model),
     )
     before = set(model.parameters())
     run = Session(
@@ -92,6 +95,20 @@ def prepare(
         run.detach()
         raise
     return run
+
+
+def _sharing(model: nn.Module) -> str | None:
+    """Who sums gradients over processes, or gives each a part of the parameters; None: nobody.
+
+    With several processes it is taken for granted, for DDP may wrap the model later.
+    """
+    parts = tuple(model.modules())
+    kinds = {type(each).__name__ for each in (*parts, *model.parameters())}
+    if kinds & {"FullyShardedDataParallel", "DTensor"}:  # by name: importing them takes a second
+        return "fsdp"
+    wrapped = any(isinstance(part, nn.parallel.DistributedDataParallel) for part in parts)
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return "distributed data parallel" if wrapped or several else None
 
 
 def _refuse_unheeded(given: Mapping[str, Any], optimizer: torch.optim.Optimizer | None) -> None:

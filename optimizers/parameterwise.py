@@ -9,18 +9,22 @@ bf16 weights are rounded once a step, stochastically (`memrt.kernels.stochastic_
 nearest, updates below 2^-9 of a weight are lost. The bits are those of how often a parameter was
 updated, a number on the host that is saved and outlives its state. `stochastic_rounding=False`
 turns that off.
+
+A `step` with a gradient that is not finite is left out whole and counted (`num_skipped_steps`);
+`step_parameters` cannot, and does not look.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from memrt.kernels.finite import all_finite
 from memrt.kernels.stochastic_rounding import Rounding, rounding_key
 from memrt.optimizers.parameter_counts import ParameterCounts
 from memrt.optimizers.parameter_groups import check_storages
@@ -46,6 +50,7 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
     ) -> None:
         self._group_index: dict[nn.Parameter, int] = {}
         self._updates = ParameterCounts()
+        self.num_skipped_steps = 0
         rounding = {"stochastic_rounding": stochastic_rounding, "rounding_seed": rounding_seed}
         super().__init__(params, defaults | rounding)
 
@@ -90,27 +95,39 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """One update of every parameter that has a gradient, if all gradients are finite."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not all_finite(list(self._gradients())):
+            self.num_skipped_steps += 1
+            return loss
         for group in self.param_groups:
             self.step_parameters(group["params"])
         return loss
+
+    def _gradients(self) -> Iterator[Tensor]:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    yield self._dense(parameter.grad)
+
+    def _dense(self, gradient: Tensor) -> Tensor:
+        if gradient.layout is not torch.strided:
+            raise ValueError(
+                f"{type(self).__name__} got a gradient with layout {gradient.layout}; use dense "
+                "gradients (nn.Embedding(sparse=False))"
+            )
+        return gradient
 
     @torch.no_grad()
     def step_parameters(self, parameters: Iterable[nn.Parameter]) -> None:
         """One update of these alone, of those that have a gradient."""
         for parameter in parameters:
-            gradient = parameter.grad
-            if gradient is None:
+            if parameter.grad is None:
                 continue
-            if gradient.layout is not torch.strided:
-                raise ValueError(
-                    f"{type(self).__name__} got a gradient with layout {gradient.layout}; use "
-                    "dense gradients (nn.Embedding(sparse=False))"
-                )
+            gradient = self._dense(parameter.grad)
             group = self.param_groups[self._group_index[parameter]]
             state, rounding = self._state_of(parameter), self._next_rounding(parameter, group)
             self._step_one(parameter, gradient, state, group, rounding)
@@ -133,8 +150,9 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, and how often each parameter was updated."""
-        return {**super().state_dict(), "num_updates": self._updates.saved()}
+        """torch's, how often each parameter was updated, and how many steps were skipped."""
+        own = {"num_updates": self._updates.saved(), "num_skipped_steps": self.num_skipped_steps}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, in fp32; refuses other states before anything is changed."""
@@ -152,6 +170,7 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
                     group.setdefault(name, self.defaults[name])
             from_zero = [0] * len(self._group_index)
             self._updates.load(state_dict.get("num_updates", from_zero))
+            self.num_skipped_steps = int(state_dict.get("num_skipped_steps", 0))
 
         before = self.register_load_state_dict_pre_hook(take)
         after = self.register_load_state_dict_post_hook(give, prepend=True)
@@ -178,11 +197,26 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
                 accepted[parameter] = {
                     key: tensor.to(parameter.device, torch.float32) for key, tensor in saved.items()
                 }
+            self._check_options(saved_group)
         return accepted
+
+    def _check_options(self, saved_group: dict[str, Any]) -> None:
+        """Refuse a group of another rule, whose state may be as empty as this one's."""
+        later = {"stochastic_rounding", "rounding_seed"}
+        missing = sorted(self.defaults.keys() - saved_group.keys() - later)
+        if missing:
+            raise ValueError(
+                f"the state's groups have no {missing[0]!r}, which every group of "
+                f"{type(self).__name__} has; resume with the optimizer that wrote the state"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies of the optimizer need; `state_dict` is what checkpoints need."""
-        own = {"_group_index": self._group_index, "_updates": self._updates}
+        own = {
+            "_group_index": self._group_index,
+            "_updates": self._updates,
+            "num_skipped_steps": self.num_skipped_steps,
+        }
         return {**super().__getstate__(), **own}
 
 

@@ -225,3 +225,44 @@ def test_wrong_parameters_and_gradients_are_refused(kind: type[ParameterwiseOpti
     shared.grad = torch.ones(2).to_sparse()
     with pytest.raises(ValueError, match="dense gradients"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_with_a_gradient_that_is_not_finite_is_left_out_whole(
+    kind: type[ParameterwiseOptimizer], value: float
+) -> None:
+    parameters, undisturbed = new_parameters(), new_parameters()
+    optimizer, other = kind(parameters, lr=1e-2), kind(undisturbed, lr=1e-2)
+    for step in range(3):
+        give_gradients(parameters, step)
+        if step == 1:
+            assert parameters[1].grad is not None
+            parameters[1].grad[3] = value
+        else:
+            give_gradients(undisturbed, step)
+            other.step()
+        optimizer.step()
+    assert_same(parameters, undisturbed)
+    resumed = kind(new_parameters(), lr=1e-2)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert optimizer.num_skipped_steps == resumed.num_skipped_steps == 1
+    assert copy.deepcopy(optimizer).num_skipped_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "theirs"),
+    [(Lomo, AdaLomo), (AdaLomo, Lomo)]
+    + [(kind, theirs) for kind in KINDS for theirs in (torch.optim.SGD, torch.optim.AdamW)],
+)
+def test_groups_of_another_rule_are_refused(
+    kind: type[ParameterwiseOptimizer], theirs: type[torch.optim.Optimizer]
+) -> None:
+    parameters = new_parameters()
+    give_gradients(parameters, 0)
+    saved = theirs(new_parameters(), lr=0.1).state_dict()  # of no step: no state could tell
+    optimizer = kind(parameters, lr=0.5)
+    with pytest.raises(ValueError, match="resume with the optimizer that wrote the state"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    optimizer.step()
