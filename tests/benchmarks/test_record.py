@@ -145,5 +145,5 @@ def test_committed_results_are_records() -> None:
     for name, found in render.records(RESULTS):
         assert name.startswith(f"{found['name']}-"), name
         parts = ROOT / "benchmarks"  # a folder of its own, or a command of quality's
-        command = parts / "quality" / f"{found['name']}.py"
+        command = parts / "quality" / f"{found['name'].removeprefix('quality_')}.py"
         assert (parts / found["name"]).is_dir() or command.is_file(), name
