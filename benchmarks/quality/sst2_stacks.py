@@ -71,6 +71,11 @@ RATES: dict[str, Rates] = {
         rates=(3e-4, 5e-4, 1e-3, 2e-3),
         reason="a new network beside the model, which begins at nothing",
     ),
+    "low_rank_ladder": Rates(
+        rates=(5e-4, 1e-3, 2e-3),
+        reason="its taps begin at random, and so have further to go than linear ones",
+        seeds=2,
+    ),
     "pooled_ladder": Rates(
         rates=(3e-4, 5e-4, 1e-3),
         reason="its taps learn nothing, and its blocks begin at random",
@@ -122,7 +127,7 @@ STACKS: dict[str, Stack] = {
     ),
     "ladder, low-rank taps": Stack(
         strategies=("ladder(reduction=4, init='principal', taps='low_rank')",),
-        rates="ladder",
+        rates="low_rank_ladder",
         probes=True,
     ),
     "ladder, projected taps": Stack(
