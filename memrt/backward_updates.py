@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from torch.utils._pytree import tree_leaves
 
 from memrt.errors import NonFiniteGradientError
 from memrt.gradients import clip_factor
@@ -40,16 +41,20 @@ from memrt.strategy import Attachment, Rule, Slot
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from torch.autograd.graph import Node
+
     from memrt.session import Session
     from memrt.update_time import UpdateInBackward
 
-__all__ = ["BackwardUpdates", "StepsParameters", "refuse_reentrant"]
+__all__ = ["BackwardUpdates", "StepsParameters", "refuse_reentrant", "refuse_sparse"]
 
 _NORM_ROUNDINGS = 2**-5
 _NORM_NOISE = 1e-3
 """How far a gradient's norm may be off in the second pass: bf16 rounds it by up to 2^-8, and sums
 on a GPU come in any order, which is all there is of a gradient that should be zero: so much of the
 global norm."""
+
+_PIECES = "gives a parameter's gradient in pieces"
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +77,42 @@ def refuse_reentrant(model: nn.Module) -> None:
         ):
             raise ValueError(
                 f"{name or type(model).__name__} is checkpointed with use_reentrant=True, which "
-                "gives a parameter's gradient in pieces; use "
-                "gradient_checkpointing_kwargs={'use_reentrant': False} or activation_checkpoint"
+                f"{_PIECES}; use gradient_checkpointing_kwargs={{'use_reentrant': False}} or "
+                "activation_checkpoint"
             )
+
+
+def refuse_sparse(model: nn.Module) -> None:
+    """Refuse embeddings that give sparse gradients: they come when others have been applied."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if (
+            isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            and module.sparse
+            and module.weight.requires_grad
+        ):
+            raise ValueError(
+                f"{name or kind} is {kind}(sparse=True), whose gradient is sparse, and updates in "
+                f"backward take dense ones; use {kind}(sparse=False)"
+            )
+
+
+def _roots_of(output: object) -> set[Node]:
+    """Where the graph of what a model gave begins."""
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return {tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None}
+
+
+def _has_reentrant_checkpoint(roots: set[Node]) -> bool:
+    seen, waiting = set(roots), list(roots)
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        following = {function for function, _ in node.next_functions if function is not None}
+        waiting.extend(following - seen)
+        seen |= following
+    return False
 
 
 class _Pass(Enum):
@@ -99,6 +137,8 @@ class BackwardUpdates(Attachment):
         self._closed = False
         self._driven = False
         self._told = False
+        self._graph_is_known = False
+        """Whether one pass has seen the graph of a forward, once in this run."""
         self._passes_agree = False
         """Whether a second pass has given the gradients of the first, once in this run."""
         self._noise = torch.zeros((), dtype=torch.float32)
@@ -199,10 +239,35 @@ class BackwardUpdates(Attachment):
             if last and not self.run.micro_batch_index and not self._driven:
                 self._refuse_foreign_backward()
         else:
-            with self._passing(_Pass.APPLY if last else _Pass.KEEP):
+            with self._passing(_Pass.APPLY if last else _Pass.KEEP), self._seeing_the_graph():
                 yield
             self._refuse_non_finite()
         self._closed = last
+
+    @contextmanager
+    def _seeing_the_graph(self) -> Iterator[None]:
+        """What the model gives is looked at, for the loss need not come by here."""
+        if self._graph_is_known:
+            yield
+            return
+        hook = self.run.model.register_forward_hook(self._refuse_pieces)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _refuse_pieces(self, model: nn.Module, _: object, output: object) -> None:
+        """Gradients in pieces would show when weights have changed already."""
+        if torch.compiler.is_compiling():  # there is no graph yet
+            return
+        roots = _roots_of(output)
+        if _has_reentrant_checkpoint(roots):
+            raise ValueError(
+                f"{self.name}: {type(model).__name__} checkpoints with use_reentrant=True in its "
+                f"forward, which {_PIECES}; use checkpoint(..., use_reentrant=False) there, or "
+                "activation_checkpoint in its place"
+            )
+        self._graph_is_known = self._graph_is_known or bool(roots)
 
     def _tell_accumulation(self) -> None:
         if not self._told:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from memrt.active_set import trainable_by_layer
-from memrt.backward_updates import BackwardUpdates, refuse_reentrant
+from memrt.backward_updates import BackwardUpdates, refuse_reentrant, refuse_sparse
 from memrt.optimizer_slots import require_adamw
 from memrt.profiling.accounts import Account
 from memrt.strategy import EVERYTHING, Attachment, Claim, Phase, Promise, Rule, Slot, Strategy
@@ -58,7 +58,7 @@ class UpdateInBackward(Strategy):
         return self.clip == "two_pass"
 
     def check(self, facts: Facts) -> None:
-        """Needs the composed optimizer, no clipping that it cannot do, no reentrant checkpoint."""
+        """Needs the composed optimizer, dense gradients, no clipping that it cannot do."""
         require_adamw(facts)
         if facts.settings.max_grad_norm > 0 and not self.clips:
             raise ValueError(
@@ -73,6 +73,7 @@ class UpdateInBackward(Strategy):
                 "clip='none' with max_grad_norm=0"
             )
         refuse_reentrant(facts.model)
+        refuse_sparse(facts.model)
         self.in_backward(facts)
 
     def in_backward(self, facts: Facts) -> frozenset[str]:

@@ -21,8 +21,10 @@ nearest, updates and decay below 2^-9 of a weight are lost. `stochastic_rounding
 off. The bits are those of a parameter's step and of how often its state was freed and made anew, so
 that no interval of LISA or BAdam repeats those of another; the latter is saved.
 
-A step with a gradient that is not finite is left out whole and counted (`num_skipped_steps`):
-weights, moments and step counters stay. On CUDA the check waits for the gradients, once a step.
+A step with a gradient that is not finite, or whose square is not in fp32 (from 2^64 on), is left
+out whole and counted (`num_skipped_steps`): weights, moments and step counters stay. An infinite v
+would hold its weight fast for ever, and in a format that cuts v and not m the next steps would be
+huge. On CUDA the check waits for the gradients, once a step.
 
 Source: Loshchilov and Hutter, arXiv 1711.05101.
 """
@@ -52,6 +54,9 @@ from memrt.optimizers.state_formats import (
 )
 
 __all__ = ["AdamW", "Projection"]
+
+_SQUARE_OVERFLOWS = 2.0**64
+"""The least magnitude whose square is infinite in fp32."""
 
 
 class AdamW(torch.optim.Optimizer):
@@ -124,12 +129,12 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient, if all gradients are finite."""
+        """One update of every parameter that has a gradient, if all have finite squares in fp32."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not all_finite(list(self._gradients())):
+        if not all_finite(list(self._gradients()), below=_SQUARE_OVERFLOWS):
             self.num_skipped_steps += 1
             return loss
         for group in self.param_groups:

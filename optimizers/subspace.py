@@ -139,8 +139,10 @@ class Subspace:
             )
         if self._norm == "exact" and self._gradient is not None:
             raise RuntimeError(
-                "the exact norm of a gradient that is never formed needs a single micro-batch: "
-                "use norm='projected', or no accumulation"
+                "the exact norm of a gradient that is never formed needs a single micro-batch and "
+                "a layer that runs once in it, and this one ran again (in another micro-batch, or "
+                "in one forward, as shared layers do): use norm='projected', the default, or one "
+                "micro-batch a step where no layer runs twice in it"
             )
         small, large = (rows, columns) if self.side == "left" else (columns, rows)
         with torch.autocast(rows.device.type, enabled=False):

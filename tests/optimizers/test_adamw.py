@@ -444,14 +444,50 @@ def test_a_projected_gradient_that_is_not_finite_skips_the_step_too() -> None:
     assert_same([weight, other], before)
 
 
+HUGE = 2.0**64
+"""The least number whose square is infinite in fp32."""
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_large_finite_gradients_are_not_skipped(dtype: torch.dtype) -> None:
-    """Their sum and their squares are infinite, each of them is not."""
+    """The sum of their squares is infinite (in fp16 their sum), the square of each is not."""
     (weight,) = new_parameters([(512, 8)], dtype)
     optimizer = AdamW([weight], **SETTINGS)
-    weight.grad = torch.full_like(weight, torch.finfo(dtype).max)
+    eps = torch.finfo(dtype).eps
+    weight.grad = torch.full_like(weight, min(torch.finfo(dtype).max, HUGE * (1 - eps)))
     optimizer.step()
     assert optimizer.num_skipped_steps == 0
+    assert optimizer.state[weight]["exp_avg_sq"].isfinite().all()
+
+
+@pytest.mark.parametrize("state_format", list(STATE_FORMATS))
+@pytest.mark.parametrize("huge", [HUGE, 1e30, -1e30, torch.finfo(torch.float32).max])
+def test_a_gradient_with_an_infinite_square_skips_the_whole_step(
+    state_format: str, huge: float
+) -> None:
+    """In every format alike, and the steps after it are those of a run without it."""
+    found = []
+    for values in ([1.0, 1.0, 1.0], [1.0, huge, 1.0, 1.0]):
+        parameters = new_parameters([LARGE, SMALL])
+        optimizer = AdamW(parameters, **SETTINGS, state_format=state_format)
+        for step, value in enumerate(values):
+            give_gradients(parameters, 0)
+            if value == huge:
+                parameters[0].grad[3, 5] = huge
+            optimizer.step()
+            assert optimizer.num_skipped_steps == int(huge in values and step > 0), step
+        found.append(parameters)
+    assert_same(found[1], found[0])
+
+
+def test_a_projected_gradient_with_an_infinite_square_skips_the_step_too() -> None:
+    (weight,) = new_parameters([LARGE])
+    lift = Lift(torch.eye(80), 64)
+    optimizer = AdamW([weight], **SETTINGS, projections={weight: lift})
+    lift.low_rank, before = torch.full((80, 64), 1e30), [weight.detach().clone()]
+    optimizer.step()
+    assert optimizer.num_skipped_steps == 1
+    assert_same([weight], before)
 
 
 # ---------------------------------------------------------------- saving and loading

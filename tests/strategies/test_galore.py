@@ -482,6 +482,26 @@ def test_the_exact_norm_is_refused_over_several_micro_batches() -> None:
         backward(run, "llama", seed=1)
 
 
+class _Repeating(PlainModel):
+    """Its layers run twice a forward, as ALBERT's shared ones do."""
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        hidden = self.embedding(input_ids)
+        for layer in [*self.layers, *self.layers]:
+            hidden = hidden + layer(hidden)
+        return {"loss": self.head(hidden).square().mean()}
+
+
+def test_the_exact_norm_is_refused_of_layers_that_run_twice_by_that_cause() -> None:
+    run = memrt.prepare(_Repeating().train(), ["galore(rank=4, norm='exact')"])
+    cause = r"in one forward, as shared layers do\): use norm='projected', the default"
+    with pytest.raises(RuntimeError, match=cause):
+        backward(run, "plain")
+    run = memrt.prepare(_Repeating().train(), ["galore(rank=4)"])
+    backward(run, "plain")
+    run.step()
+
+
 # ---------------------------------------------------------------- weights that cannot be projected
 
 

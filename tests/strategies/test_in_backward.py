@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import memrt
@@ -533,21 +535,38 @@ def test_a_layer_used_twice_under_checkpoints_is_updated_once() -> None:
 
 
 class Sparse(nn.Module):
-    """A model whose embedding has sparse gradients."""
+    """A model whose embedding has sparse gradients, by its module or by a function."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, kind: type[nn.Embedding | nn.EmbeddingBag] | None = None) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(8, 4, sparse=True)
+        self.embedding = nn.Embedding(8, 4) if kind is None else kind(8, 4, sparse=True)
         self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
 
     def forward(self, ids: Tensor) -> Tensor:
-        hidden: Tensor = self.embedding(ids)
+        hidden: Tensor = nn.functional.embedding(ids, self.embedding.weight, sparse=True)
         for layer in self.layers:
             hidden = layer(hidden)
         return hidden
 
 
-@pytest.mark.parametrize("form", [*FORMS, "lomo", "adalomo"])
+ALL_FORMS = [*FORMS, "lomo", "adalomo"]
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_a_sparse_embedding_is_refused_by_its_name(
+    form: str, kind: type[nn.Embedding | nn.EmbeddingBag]
+) -> None:
+    """Before anything is touched; one that rests is let be."""
+    model, name = Sparse(kind=kind), kind.__name__
+    words = rf"embedding is {name}\(sparse=True\).* use {name}\(sparse=False\)"
+    with pytest.raises(ConflictError, match=words):
+        memrt.prepare(model, [form])
+    model.embedding.requires_grad_(False)
+    memrt.prepare(model, [form])
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
 def test_a_sparse_gradient_is_refused_by_its_name(form: str) -> None:
     run = memrt.prepare(Sparse(), [form])
     words = (
@@ -563,13 +582,84 @@ def test_a_gradient_in_pieces_is_refused(form: str) -> None:
     model = Shared(reentrant=True)
     run = memrt.prepare(model, [form])
     with pytest.raises(RuntimeError, match=r"layer\.\w+ arrived twice"), run.micro_batch():
-        run.backward(model(torch.arange(7)))
+        run.backward(model.forward(torch.arange(7)))  # by no hook of the model
     model = Shared(reentrant=False)
     run = memrt.prepare(model, [ONE])
     with run.micro_batch():
         run.backward(model(torch.arange(7)))
         with pytest.raises(RuntimeError, match="call backward once, on the sum of the losses"):
             run.backward(model(torch.arange(7)))
+
+
+class Headed(Shared):
+    """Its head's gradient is there before those of the checkpoints; gives what it is told to."""
+
+    def __init__(self, *, gives: str) -> None:
+        super().__init__(reentrant=True)
+        self.head = nn.Linear(8, 8)
+        self.gives = gives
+
+    def forward(self, input_ids: Tensor) -> Any:
+        hidden = self.embedding(input_ids)
+        for _ in range(2):
+            hidden = checkpoint(self.layer, hidden, use_reentrant=self.reentrant).tanh()
+        loss = self.head(hidden).square().mean()
+        given = {"tensor": loss, "tuple": (None, loss), "dict": {"loss": loss}}
+        return given[self.gives]
+
+
+def _one_micro_batch(run: Session, *, own_backward: bool) -> None:
+    with run.micro_batch():
+        given = run.model(torch.arange(7))
+        loss: Any = next(leaf for leaf in tree_leaves(given) if leaf is not None)
+        loss.backward() if own_backward else run.backward(loss)
+
+
+@pytest.mark.parametrize("own_backward", [False, True])
+@pytest.mark.parametrize("gives", ["tensor", "tuple", "dict"])
+@pytest.mark.parametrize("form", [ONE, "lomo", "adalomo"])
+def test_a_models_own_reentrant_checkpoints_are_refused_before_the_first_update(
+    form: str, gives: str, own_backward: bool
+) -> None:
+    model = Headed(gives=gives)
+    run, before = memrt.prepare(model, [form]), weights(model)
+    words = (
+        r"Headed checkpoints with use_reentrant=True.* use checkpoint\(\.\.\., use_reentrant=False"
+    )
+    with pytest.raises(ValueError, match=words):
+        _one_micro_batch(run, own_backward=own_backward)
+    assert_equal(weights(model), before)
+    assert not model._forward_hooks
+
+
+def test_the_trainer_refuses_a_models_own_reentrant_checkpoints_before_the_first_update(
+    tmp_path: Path,
+) -> None:
+    model: Any = model_of("llama")
+    layer = model.model.layers[0].mlp
+    layer.forward = partial(checkpoint, layer.forward, use_reentrant=True)
+    trainer = trainer_runs.trainer_of(
+        tmp_path, model=model, options={"strategies": [ONE]}, max_grad_norm=0.0
+    )
+    before = trainer_runs.weights(trainer)
+    with pytest.raises(ValueError, match="LlamaForCausalLM checkpoints with use_reentrant=True"):
+        trainer.train()
+    trainer_runs.assert_equal(trainer_runs.weights(trainer), before)
+
+
+def test_the_graph_is_looked_at_once_in_a_run() -> None:
+    """By the first forward that has one; no hook stays on the model."""
+    model = Shared(reentrant=False)
+    run, hooks = memrt.prepare(model, [ONE]), []
+    for _ in range(2):
+        with run.micro_batch():
+            with torch.no_grad():
+                model(torch.arange(7))
+            hooks.append(len(model._forward_hooks))
+            run.backward(model(torch.arange(7)))
+        hooks.append(len(model._forward_hooks))
+        run.step()
+    assert hooks == [1, 0, 0, 0]
 
 
 @pytest.mark.parametrize("form", FORMS)
