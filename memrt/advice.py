@@ -6,13 +6,13 @@ plan that did not fit (the next card that would hold it).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from memrt import registry
 from memrt.candidates import WHY, Rung, rungs
-from memrt.errors import ConflictError
 from memrt.gpus import next_card
 from memrt.profiling.report import format_bytes
 
@@ -80,41 +80,88 @@ def advise(
 ) -> list[Remedy]:
     """What would make a plan fit that does not: more strategies, smaller shapes, another card."""
     remedies: list[Remedy] = []
-    named = {strategy.name for strategy in strategies}
-    num_plans = 0
     ladder = rungs(
         hidden_size=hidden_size,
         max_grad_norm=max_grad_norm,
         accumulation_steps=planned.shape.accumulation_steps,
     )
-    for adds in _additions(planned, named, ladder):
-        stack = [*map(str, strategies), *adds]
-        try:
-            found = plan_of(registry.parse_all(stack))
-        except (ConflictError, ValueError):
-            continue
-        num_plans += 1
-        what = "; ".join(f"{_bare(name)}: {WHY[_bare(name)]}" for name in adds)
+    for adds, found in _added(strategies, _additions(planned, strategies, ladder), plan_of):
+        what = "; ".join(f"{_bare(name)}: {_why(name, strategies)}" for name in adds)
         remedies.append(remedy_of(f"add {', '.join(adds)} ({what})", found))
-        if found.fits or num_plans == MAX_PLANS - 2:
+        if found.fits or len(remedies) == MAX_PLANS - 2:
             break
     if shapes_are_free:
-        remedies += shape_remedies(planned, strategies, plan_of, max_plans=MAX_PLANS - num_plans)
+        left = MAX_PLANS - len(remedies)
+        remedies += shape_remedies(planned, strategies, plan_of, max_plans=left)
     return [*remedies, *card_remedy(planned)]
 
 
-def _additions(planned: Plan, named: set[str], ladder: Sequence[Rung]) -> Iterator[list[str]]:
-    """Stacks to try, from the least change; those that cannot be enough are left out."""
-    wanted = {"full fine-tuning", "full fine-tuning, 8-bit optimizer state", "low-rank updates"}
+def _additions(
+    planned: Plan, strategies: Sequence[Strategy], ladder: Sequence[Rung]
+) -> Iterator[list[str]]:
+    """What to add, from the least change; what cannot be enough is left out."""
+    wanted = {"full fine-tuning", "full fine-tuning, 8-bit optimizer state"}
     wanted |= {"adapters on weights in 4 bits"}
-    seen: set[tuple[str, ...]] = set()
+    wanted |= set() if _brings_parameters(strategies) else {"low-rank updates"}
     for rung in ladder:
         if rung.title not in wanted or not (rung.adds or _has_room(planned)):
             continue
-        adds = [n for n in (*rung.adds, *_SMALLER_ACTIVATIONS) if _bare(n) not in named]
-        if adds and tuple(adds) not in seen:
-            seen.add(tuple(adds))
+        adds = [n for n in (*rung.adds, *_SMALLER_ACTIVATIONS) if _adds_to(n, strategies)]
+        if adds:
             yield adds
+
+
+def _adds_to(spec: str, strategies: Sequence[Strategy]) -> bool:
+    """Whether a stack lacks it; one whose own parameters train needs no second set of them."""
+    if any(strategy.name == _bare(spec) for strategy in strategies):
+        return False
+    brings = registry.strategy_class(_bare(spec)).brings_parameters
+    return not (brings and _brings_parameters(strategies))
+
+
+def _brings_parameters(strategies: Sequence[Strategy]) -> bool:
+    return any(strategy.brings_parameters for strategy in strategies)
+
+
+def _why(spec: str, strategies: Sequence[Strategy]) -> str:
+    """What it does to a run, which is no full fine-tuning where other parameters train."""
+    sentence = WHY[_bare(spec)]
+    if _brings_parameters(strategies):
+        return sentence.removeprefix("keeps full fine-tuning; ")
+    return sentence
+
+
+def _added(
+    strategies: Sequence[Strategy], additions: Iterable[Sequence[str]], plan_of: PlanOf
+) -> Iterator[tuple[tuple[str, ...], Plan]]:
+    """Of all additions as many as go with the stack, and their plan; nothing twice."""
+    seen: set[tuple[str, ...]] = set()
+    refused: set[str] = set()
+    for adds in additions:
+        allowed = [spec for spec in adds if spec not in refused]
+        found = _with_most(strategies, allowed, plan_of, seen)
+        if found is not None:
+            seen.add(found[0])
+            refused.update(set(allowed) - set(found[0]))
+            yield found
+
+
+def _with_most(
+    strategies: Sequence[Strategy],
+    adds: Sequence[str],
+    plan_of: PlanOf,
+    seen: Collection[tuple[str, ...]],
+) -> tuple[tuple[str, ...], Plan] | None:
+    """The plan with the most additions that is not refused; None where that was seen."""
+    for size in range(len(adds), 0, -1):
+        for kept in combinations(adds, size):
+            if kept in seen:
+                return None
+            try:
+                return kept, plan_of(registry.parse_all([*map(str, strategies), *kept]))
+            except ValueError:  # a conflict, too
+                continue
+    return None
 
 
 def _has_room(planned: Plan) -> bool:

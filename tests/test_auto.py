@@ -9,7 +9,7 @@ import torch
 
 import memrt
 from memrt import gpus
-from memrt.advice import MAX_PLANS, advise
+from memrt.advice import MAX_PLANS, Remedy, advise
 from memrt.auto import Choice, choose
 from memrt.auto_search import ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND
 from memrt.gpus import Gpu, Host, next_card
@@ -160,6 +160,50 @@ def test_a_smaller_batch_is_advised_where_it_fits() -> None:
     assert added[-1].fits is (
         added[-1].device_bytes is not None and added[-1].device_bytes <= budget
     )
+
+
+def _advice(stack: tuple[str, ...], *, over_bytes: int) -> list[Remedy]:
+    """What is advised where a stack is so much over the budget; a batch of one short sequence."""
+    config = tiny_config("llama", hidden=256, intermediate_size=512)
+    options: dict[str, Any] = {"batch_size": 1, "sequence_length": 32, "dtype": torch.bfloat16}
+    budget = plan(config, stack, **options).device_bytes["high"] - over_bytes
+
+    def plan_of(strategies: Any, **changed: int) -> Plan:
+        return plan(config, strategies, gpu=str(budget), **{**options, **changed})
+
+    strategies = parse_all(stack)
+    return advise(
+        plan_of(strategies),
+        strategies,
+        plan_of,
+        hidden_size=256,
+        max_grad_norm=1.0,
+        shapes_are_free=True,
+    )
+
+
+def test_what_conflicts_is_left_out_of_the_advice_and_the_rest_is_added() -> None:
+    """A ladder owns the recomputation of the layers, so that none can be checkpointed beside it."""
+    found = _advice(("nf4", "ladder(reduction=2)", "fused_loss"), over_bytes=2**19)
+    added = [remedy for remedy in found if remedy.change.startswith("add ")]
+    sentence = "add int8_states (int8_states: optimizer state in 8 bits instead of fp32 or bf16)"
+    assert [(remedy.change, remedy.fits) for remedy in added] == [(sentence, True)]
+
+
+def test_the_advice_keeps_what_trains() -> None:
+    """No adapters and no low-rank updates beside a side network, and nothing is proposed twice."""
+    found = _advice(("ladder(reduction=2)",), over_bytes=2**26)
+    added = [remedy.change.partition(" (")[0] for remedy in found if "add " in remedy.change]
+    assert added == ["add fused_loss", "add int8_states, fused_loss", "add nf4, fused_loss"]
+    assert not any("full fine-tuning" in remedy.change for remedy in found)
+
+
+def test_another_format_of_the_states_stays_and_others_are_added() -> None:
+    found = _advice(("fp8_states",), over_bytes=2**26)
+    changes = [remedy.change for remedy in found]
+    assert len(changes) == len(set(changes))
+    assert not any("int8_states" in change for change in changes)
+    assert any(change.startswith("add galore(rank=16), activation_check") for change in changes)
 
 
 def test_the_host_can_be_what_does_not_fit() -> None:

@@ -110,6 +110,25 @@ def test_files_that_the_page_names_exist(page: Path) -> None:
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+def test_every_run_of_the_70b_page_has_a_folder_of_its_own() -> None:
+    """In order, each of its commands would find the run of the one before it."""
+    page = (ROOT / "docs" / "70b-on-one-gpu.md").read_text("utf-8")
+    lines = "".join(_blocks(page, "bash")).splitlines()
+    given = [parse_words(shlex.split(line)[2:]) for line in lines if line.startswith("memrt train")]
+    folders = [resolve(g.config, g.settings, base=None).values["output"] for g in given]
+    assert len(folders) >= 3
+    assert len(set(folders)) == len(folders)
+
+
+def test_the_70b_page_says_which_row_does_not_show_training() -> None:
+    page = (ROOT / "docs" / "70b-on-one-gpu.md").read_text("utf-8")
+    planned = json.loads((ROOT / "benchmarks" / "results" / "cards.json").read_text("utf-8"))
+    rows = [r for r in planned["rows"] if r["model"] == "70B" and r["stack"].startswith("nf4")]
+    phases = [row["region"]["phase"] for row in rows]
+    assert [phase in ("forward", "backward", "step") for phase in phases] == [True, True, False]
+    assert "The third row is no instant of training" in page
+
+
 def test_the_guide_shows_the_lines_of_the_example() -> None:
     guide = (ROOT / "docs" / "writing-a-strategy.md").read_text("utf-8")
     folder = ROOT / "examples" / "third_party_strategy"
