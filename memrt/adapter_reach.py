@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Collection
 from typing import Any
 
@@ -17,9 +18,13 @@ logger = logging.getLogger(__name__)
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """The layers of a model that carry adapters, by name."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    if (
+        tuners is None
+    ):  # nobody made adapters, and importing it makes tensors that plans would count
+        return []
+    kind = tuners.BaseTunerLayer
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
 
 
 def warn_of_the_rest(model: nn.Module, *, apart: Collection[str]) -> None:

@@ -1,16 +1,23 @@
 """What adapters know their base by: a hash beside their files, compared before they are used.
 
     adapter_config.json, adapter_model.safetensors    PEFT's, unchanged: plain PEFT loads the folder
-    memrt_base.json    version, the base's class, its hash, what the hash leaves out, its head, and
-                       what a classifier's config says of that (`memrt.head_config`)
+    memrt_base.json    version, the base's class, its hash, what the hash leaves out, its head, what
+                       a classifier's config says of that (`memrt.head_config`), sums of weights
 
 The hash is that of a ladder's backbone (`memrt.ladder.files`): SHA-256 over what every precision
 keeps, the embeddings, norms and biases, rounded to bfloat16. What trained beside the adapters is
 left out, by name; what is frozen of a task's head, which each load may draw anew, is in. A folder
 without the file, such as PEFT writes, loads as it always did.
 
-Costs one pass over the embeddings when the first checkpoint is written and when one is read; on the
-host 32 MiB of them at a time.
+The weights of the blocks differ in bits between precisions; of each are kept a few sums, compared
+within what rounding does (`memrt.weight_sums`). Left out: what trained, PEFT's starts that change
+weights, folded adapters, packed forms of others (bitsandbytes), and what is outside of blocks,
+which a load may draw anew (poolers). Weights that were packed once and are dense again are others
+than they were before. Files without sums are compared by the hash alone.
+
+Costs one pass over the embeddings and the blocks' weights when the first checkpoint is written and
+when one is read: 70 billion are 2 TFLOP where they lie, minutes on a CPU; beside them 64 MiB, or
+one weight made dense where they are packed. Of embeddings 32 MiB at a time lie on the host.
 """
 
 from __future__ import annotations
@@ -18,7 +25,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +35,17 @@ from torch import Tensor, nn
 
 from memrt.adapters import task_heads
 from memrt.head_config import HeadConfig
+from memrt.packed_weights import packed_layers
+from memrt.structure import discover
+from memrt.weight_sums import checked_sums, sums_differ, weight_sums
 
 __all__ = [
     "BASE_NAME",
     "BaseRecord",
     "base_hash",
     "base_record",
+    "base_weights",
+    "changed_weight",
     "lasting_names",
     "require_base",
     "require_base_tensors",
@@ -42,6 +55,7 @@ BASE_NAME = "memrt_base.json"
 
 _VERSION = 1
 _PIECE_ELEMENTS = 1 << 24
+_DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +71,8 @@ class BaseRecord:
     """Frozen parameters of a task's head, which the hash takes too."""
     head_config: HeadConfig | None = None
     """Of a classifier: what its config says of the head, which a base may know nothing of."""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """Of each weight of the blocks: dense or packed, count, norm and sums."""
 
     def write(self, folder: Path) -> None:
         """Beside the adapters."""
@@ -69,6 +85,8 @@ class BaseRecord:
         }
         if self.head_config is not None:
             values["head_config"] = self.head_config.to_json()
+        if self.weights:
+            values["weights"] = dict(self.weights)
         (folder / BASE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -87,6 +105,7 @@ class BaseRecord:
                 left_out=tuple(map(str, values["left_out"])),
                 head=tuple(map(str, values.get("head", ()))),
                 head_config=None if said is None else HeadConfig.from_json(said),
+                weights=checked_sums(values.get("weights", {})),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); copy it again") from error
@@ -97,11 +116,12 @@ class BaseRecord:
             )
         return found
 
-    def refuse(self, folder: Path, base: str) -> ValueError:
-        """For another base than this."""
+    def refuse(self, folder: Path, base: str, weight: str | None = None) -> ValueError:
+        """For another base than this; `weight` names what differs, else the hash does."""
+        differing = f"embeddings, norms or biases{' or the head' * bool(self.head)} differ"
         return ValueError(
             f"the adapters in {folder} were trained on another base (a {self.model}) than {base}: "
-            f"embeddings, norms or biases{' or the head' * bool(self.head)} differ; give the model "
+            f"{differing if weight is None else f'{weight} differs'}; give the model "
             "that they were trained on "
             f"(deleting {BASE_NAME} there leaves the base unchecked)"
         )
@@ -120,6 +140,7 @@ def base_record(model: nn.Module) -> BaseRecord:
         left_out=tuple(left_out),
         head=head,
         head_config=HeadConfig.of(model),
+        weights=base_weights(model, left_out={*changed, *head}),
     )
 
 
@@ -139,6 +160,9 @@ def require_base(model: nn.Module, folder: str | Path) -> None:
     model = _inner(model)
     if base_hash(model, left_out=record.left_out, head=record.head) != record.fingerprint:
         raise record.refuse(Path(folder), f"this {type(model).__name__}")
+    weight = changed_weight(model, record.weights)
+    if weight is not None:
+        raise record.refuse(Path(folder), f"this {type(model).__name__}", weight)
 
 
 def require_base_tensors(
@@ -147,10 +171,12 @@ def require_base_tensors(
     folder: Path,
     *,
     base: str,
+    packed: bool = False,
 ) -> bool:
     """The same for a base whose tensors are made one at a time; False: it cannot be told.
 
-    `groups` is what `lasting_names` gave; one of the names of each must be among `made`.
+    `groups` is what `lasting_names` gave; one of the names of each must be among `made`. `packed`:
+    weights may be made of packed ones.
     """
     record = BaseRecord.read(folder)
     if record is None:
@@ -165,6 +191,10 @@ def require_base_tensors(
         return False
     if _digest((name, make) for name, make in held if make is not None) != record.fingerprint:
         raise record.refuse(folder, base)
+    weights = ((name, make, packed) for name, make in made.items())
+    weight = _first_changed(weights, record.weights)
+    if weight is not None:
+        raise record.refuse(folder, base, weight)
     return True
 
 
@@ -296,3 +326,56 @@ def _digest(tensors: Iterable[tuple[str, Callable[[], Tensor]]]) -> str:
             rounded = piece.to(torch.bfloat16).contiguous().cpu()
             digest.update(rounded.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- what is summed
+
+
+def base_weights(model: nn.Module, *, left_out: Collection[str]) -> dict[str, str]:
+    """What tells the weights of a loaded model's blocks in every precision, but for these."""
+    return {
+        name: weight_sums(make(), packed=packed)
+        for name, make, packed in _block_weights(model)
+        if name not in left_out
+    }
+
+
+def changed_weight(model: nn.Module, recorded: Mapping[str, str]) -> str | None:
+    """The first weight that is not what was recorded of it."""
+    return _first_changed(_block_weights(model), recorded) if recorded else None
+
+
+def _first_changed(
+    weights: Iterable[tuple[str, Callable[[], Tensor], bool]], recorded: Mapping[str, str]
+) -> str | None:
+    for name, make, packed in weights:
+        if name in recorded and sums_differ(recorded[name], weight_sums(make(), packed=packed)):
+            return name
+    return None
+
+
+def _block_weights(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor], bool]]:
+    """Weights as the base has them: how each is made dense, and whether it is packed."""
+    if any(map(_changes_weights, getattr(model, "peft_config", {}).values())):
+        return
+    layers = [layer for stack in discover(model).stacks for layer in stack.layers]
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    folded = [module for module in model.modules() if getattr(module, "merged", False) is True]
+    inside -= {id(parameter) for module in folded for parameter in module.parameters()}
+    packed = {id(module.weight): module.dense for _, module in packed_layers(model)}
+    for name, parameter in _own(model):
+        tensor, dense = parameter.detach(), packed.get(id(parameter))
+        plain = tensor.ndim > 1 and tensor.dtype in _DENSE_DTYPES and type(tensor) is Tensor
+        if id(parameter) not in inside or tensor.is_meta or not tensor.numel():
+            continue
+        if dense is not None:
+            yield name, partial(dense, tensor), True
+        elif plain:
+            yield name, tensor.detach, False
+
+
+def _changes_weights(config: Any) -> bool:
+    """Whether adapters of this kind begin by taking something out of the weights."""
+    start = getattr(config, "init_lora_weights", None)
+    known = not isinstance(start, str) or start.lower() in ("gaussian", "orthogonal", "eva")
+    return not known or getattr(config, "kasa_config", None) is not None

@@ -5,6 +5,7 @@ What is in the files says `memrt.ladder.files`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,15 +67,43 @@ def load_ladder(
     `detach()` takes the side network off again.
     """
     source = Path(folder)
-    ladder = registry.from_json(read_config(source)["ladder"])
-    assert isinstance(ladder, Ladder)
-    run = Session(model, registry.parse_all([*strategies, ladder]))
+    saved = _saved_settings(source)
+    # the file has every weight: to cut first ones out of the backbone would be for nothing
+    plain = replace(saved, init="random", probe_batches=8)
+    run = Session(model, registry.parse_all([*strategies, plain]))
     try:
-        fill_side(model, source, trained=ladder.trained_head(run.facts))
+        fill_side(model, source, trained=saved.trained_head(run.facts))
     except BaseException:
         run.detach()
         raise
+    _note_settings(run, plain, saved)
     return run
+
+
+def _saved_settings(folder: Path) -> Ladder:
+    """Those that the side network was built with."""
+    values = read_config(folder)["ladder"]
+    path = folder / CONFIG_NAME
+    try:
+        found = registry.from_json(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path}: its settings build no ladder ({error}); copy it again, or load it with the "
+            "memrt that wrote it"
+        ) from error
+    if not isinstance(found, Ladder):
+        raise ValueError(
+            f"{path} has settings of {found.name!r}, not of a ladder; name what save_ladder wrote"
+        )
+    return found
+
+
+def _note_settings(run: Session, plain: Ladder, saved: Ladder) -> None:
+    """What is saved again says how the side network began, not how it was loaded."""
+    run.strategies = [saved if each is plain else each for each in run.strategies]
+    for attachment in run.attachments:
+        if attachment.settings is plain:
+            attachment.settings = saved
 
 
 def _settings(run: Session) -> Ladder:

@@ -162,7 +162,8 @@ class PlainWeights:
         remedy = "name the base that they were trained on"
         load_adapters(self.model, self.adapters, state=state, remedy=remedy)
         where = str(self.files.path(next(iter(self.files))).parent)
-        if not require_base_tensors(lasting, base, self.adapters, base=where):
+        packed = bool(self.packed)
+        if not require_base_tensors(lasting, base, self.adapters, base=where, packed=packed):
             self.notes.append("whether this is the base of the adapters cannot be told from files")
         changed: dict[str, Callable[[], Tensor]] = {}
         for _, layer in adapter_layers(self.model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 import transformers
 
 import memrt
-from memrt.base_record import BASE_NAME, BaseRecord, base_record, require_base
+from memrt.base_record import BASE_NAME, BaseRecord, base_record, changed_weight, require_base
 from memrt.cli.main import main
 from memrt.export import export_checkpoint
 from memrt.ladder_files import fingerprint
 from memrt.model_source import for_task
+from memrt.registry import strategy_class
+from memrt.weight_sums import sums_differ, weight_sums
 from tests.tiny_models import CONFIGS
 from tests.trainer_runs import run
 
@@ -141,6 +144,94 @@ def test_the_published_adapters_of_memrt_train_know_their_base(
         require_base(_model("llama", seed=1), tmp_path / "made")
     plain = transformers.LlamaForCausalLM(CONFIGS["llama"]())
     plain.load_adapter(str(tmp_path / "made"))  # transformers' own way
+
+
+def test_adapters_are_not_folded_in_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        _model("llama").to(dtype).save_pretrained(folder / "base")
+        model = memrt.load(folder / "base")
+        run(folder / "run", model=model, options={"strategies": ["peft(rank=4)"]}, **SAVING)
+        checkpoint = folder / "run/checkpoint-2"
+        words = ["merge", str(checkpoint), str(folder / "merged"), "--base"]
+        assert main([*words, str(folder / "base")]) == 0
+        capsys.readouterr()
+        words[2] = str(folder / "twice")
+        assert main([*words, str(folder / "merged")]) == 1
+        assert "_proj.weight differs; give the model" in capsys.readouterr().err
+        with pytest.raises(ValueError, match=r"_proj\.weight differs"):
+            require_base(memrt.load(folder / "merged"), checkpoint)
+        path = checkpoint / BASE_NAME
+        values = json.loads(path.read_text())
+        del values["weights"]  # as it was written before
+        path.write_text(json.dumps(values))
+        require_base(memrt.load(folder / "merged"), checkpoint)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_precision_of_one_base_is_taken(family: str, tmp_path: Path) -> None:
+    base = _model(family)
+    for before in ([], ["nf4"]):
+        model = copy.deepcopy(base)
+        memrt.prepare(model, [*before, "peft(rank=2)"])
+        record = base_record(model)
+        assert record.weights
+        record.write(tmp_path)
+        assert BaseRecord.read(tmp_path) == record
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for stack in ([], ["nf4"], ["int8"]):
+                loaded = copy.deepcopy(base).to(dtype)
+                memrt.prepare(loaded, [*stack, "peft(rank=2)"])
+                assert changed_weight(loaded, record.weights) is None
+                if dtype != torch.float16:  # whose embeddings have another hash
+                    require_base(loaded, tmp_path)
+
+
+def test_starts_that_change_weights_and_folded_adapters_leave_weights_out() -> None:
+    model = _model("llama")
+    memrt.prepare(model, ["peft(rank=2, options={'init_lora_weights': 'pissa'})"])
+    assert base_record(model).weights == {}
+    wrapped = peft.get_peft_model(_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    names = base_record(wrapped).weights.keys()
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    wrapped.merge_adapter()
+    folded = {name for name in names if "q_proj" in name}
+    assert base_record(wrapped).weights.keys() == names - folded
+
+
+def test_what_sums_tell_apart() -> None:
+    """A folded adapter of 1 % of a weight's norm, and no precision of it."""
+    generator = torch.Generator().manual_seed(0)
+    strategies: list[Any] = [strategy_class(name)() for name in ("nf4", "int8")]
+    for shape in ((32, 64), (256, 512), (8, 32, 64)):
+        for _ in range(20):
+            weight = torch.randn(shape, generator=generator)
+            dense = weight_sums(weight, packed=False)
+            for dtype in (torch.bfloat16, torch.float16, torch.float64):
+                other = weight.to(dtype)
+                assert not sums_differ(dense, weight_sums(other, packed=False))
+                other = weight.half().bfloat16()
+                assert not sums_differ(dense, weight_sums(other, packed=False))
+            changed = weight + 0.01 * torch.randn(shape, generator=generator)
+            assert sums_differ(dense, weight_sums(changed, packed=False))
+            assert not sums_differ(dense, weight_sums(changed, packed=True))
+            another = torch.randn(shape, generator=generator)
+            assert sums_differ(dense, weight_sums(another, packed=True))
+            if weight.ndim == 2:
+                for form in (strategy.packed_format for strategy in strategies):
+                    made = form.dense(form.pack(weight, 0), shape, 0, torch.float32)
+                    assert not sums_differ(dense, weight_sums(made, packed=True))
+
+
+@pytest.mark.parametrize("bad", [[1], {"a": 1}, {"a": "dense 1 2"}, {"a": "odd" + " 1" * 18}])
+def test_damaged_sums_are_named(bad: Any, tmp_path: Path) -> None:
+    base_record(_model("llama")).write(tmp_path)
+    values = json.loads((tmp_path / BASE_NAME).read_text())
+    (tmp_path / BASE_NAME).write_text(json.dumps({**values, "weights": bad}))
+    with pytest.raises(ValueError, match=r"memrt_base\.json is damaged .*; copy it again"):
+        BaseRecord.read(tmp_path)
 
 
 def test_other_versions_are_named(tmp_path: Path) -> None:

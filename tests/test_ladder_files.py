@@ -203,6 +203,150 @@ def test_bad_folders_and_sessions_are_refused(tmp_path: Path) -> None:
         memrt.save_ladder(session, tmp_path / "after")
 
 
+@pytest.mark.parametrize("strategies", [[], ["nf4"], ["int8"]], ids=str)
+def test_a_backbone_with_other_weights_is_refused(strategies: list[str], tmp_path: Path) -> None:
+    folder = memrt.save_ladder(trained(model_of()), tmp_path / "side")
+    other = model_of()
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if ".layers." in name and parameter.ndim == 2:
+                parameter.copy_(torch.randn_like(parameter) * parameter.std())
+    with pytest.raises(ValueError, match=r"another backbone .*: model\.layers\.0.* differs; load"):
+        memrt.load_ladder(other, folder, strategies=strategies)
+    assert all(CHILD not in name for name, _ in other.named_modules())
+    path = folder / CONFIG_NAME
+    config = json.loads(path.read_text())
+    del config["weights"]  # as it was written before
+    path.write_text(json.dumps(config))
+    memrt.load_ladder(other, folder, strategies=strategies)
+
+
+@pytest.mark.parametrize("before", [["ladder(reduction=2)"], ["nf4", "ladder(reduction=2)"]])
+def test_every_precision_of_one_backbone_is_taken(before: list[str], tmp_path: Path) -> None:
+    model = model_of().bfloat16()
+    folder = memrt.save_ladder(memrt.prepare(model, before), tmp_path / "side")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for strategies in ([], ["nf4"], ["int8"]):
+            memrt.load_ladder(model_of().bfloat16().to(dtype), folder, strategies=strategies)
+
+
+def test_a_run_looks_at_the_backbone_s_weights_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = memrt.prepare(model_of(), ["ladder(reduction=2)"])
+    memrt.save_ladder(session, tmp_path / "one")
+    calls: list[Tensor] = []
+
+    def summed(weight: Tensor, *, packed: bool) -> str:
+        calls.append(weight)
+        return ""
+
+    monkeypatch.setattr("memrt.base_record.weight_sums", summed)
+    memrt.save_ladder(session, tmp_path / "two")
+    assert not calls
+    one, two = ((tmp_path / name / CONFIG_NAME).read_text() for name in ("one", "two"))
+    assert one == two
+    session.detach()
+    memrt.save_ladder(memrt.prepare(session.model, ["ladder(reduction=2)"]), tmp_path / "three")
+    assert calls
+
+
+BAD_CONFIGS = [
+    ("{", "is damaged .*; copy it again"),
+    ("[1]", "is damaged .*list.*; copy it again"),
+    ({"ladder": None}, "is damaged .*'ladder'.*; copy it again"),
+    ({"backbone": None}, "is damaged .*'backbone'.*; copy it again"),
+    ({"model": 3}, "is damaged .*'model'.*; copy it again"),
+    ({"weights": {"layers.0.weight": "dense 1 2"}}, "is damaged .*layers.0.*; copy it again"),
+    ({"version": 99}, "has version 99, this memrt reads 1; load it with"),
+    ({"ladder": {"name": "nf4"}}, "has settings of 'nf4', not of a ladder; name what"),
+    ({"ladder": {"name": "ladder", "wide": 3}}, "no option 'wide'.*; copy it again"),
+    ({"ladder": {"name": "ladder", "reduction": 0}}, "reduction=0.*; copy it again"),
+    ({"ladder": {"name": "ladder", "layers": [None]}}, "layers=.*; copy it again"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), BAD_CONFIGS, ids=[str(c) for c, _ in BAD_CONFIGS])
+def test_a_bad_config_is_named_before_the_model_is_touched(
+    change: str | dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = memrt.save_ladder(memrt.prepare(model_of(), ["ladder(reduction=2)"]), tmp_path / "one")
+    path = folder / CONFIG_NAME
+    if isinstance(change, str):
+        path.write_text(change)
+    else:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    model = model_of()
+    with pytest.raises(ValueError, match=said) as caught:
+        memrt.load_ladder(model, folder)
+    assert str(path) in str(caught.value)
+    assert all(CHILD not in name for name, _ in model.named_modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    path = tmp_path / WEIGHTS_NAME
+    path.touch()
+    with pytest.raises(ValueError, match="is a file; name the folder that it lies in") as caught:
+        memrt.load_ladder(model_of(), path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", ["ladder(reduction=2)", "ladder(reduction=2, taps='projected')"])
+def test_a_load_cuts_nothing_out_and_keeps_the_settings(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = trained(model_of(), spec)
+    expected = logits(session.model)
+    folder = memrt.save_ladder(session, tmp_path / "side")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were cut out of the backbone")
+
+    for name in ("hidden_channels", "copy_pruned", "check_prunable"):
+        monkeypatch.setattr(f"memrt.ladder.build.{name}", refuse)
+    other = model_of()
+    run = memrt.load_ladder(other, folder)
+    assert torch.equal(logits(other), expected)
+    again = memrt.save_ladder(run, tmp_path / "again")
+    assert (again / CONFIG_NAME).read_text() == (folder / CONFIG_NAME).read_text()
+    run.attachments[0].save_apart(tmp_path)
+    assert (tmp_path / CONFIG_NAME).read_text() == (folder / CONFIG_NAME).read_text()
+
+
+def test_a_backbone_of_bitsandbytes_is_the_same_backbone(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    wide: dict[str, Any] = {
+        "hidden": 64,
+        "intermediate_size": 128,
+    }  # its product on a CPU wants whole blocks
+    model = model_of(**wide)
+    session = trained(model)
+    expected = logits(model)
+    folder = memrt.save_ladder(session, tmp_path / "side")
+    other = in_four_bits(model_of(**wide))
+    memrt.load_ladder(other, folder)
+    error = (logits(other) - expected).norm() / expected.norm()
+    assert 0 < float(error) < 0.5
+
+
+def in_four_bits(model: nn.Module) -> nn.Module:
+    """The blocks' linear layers as bitsandbytes' own, as a model that it packed has them."""
+    import bitsandbytes as bnb
+
+    for parent in model.get_submodule("model.layers").modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                packed = bnb.nn.Linear4bit(
+                    child.in_features, child.out_features, bias=False, quant_type="nf4"
+                )
+                packed.weight = bnb.nn.Params4bit(
+                    child.weight.detach().clone(), requires_grad=False, quant_type="nf4"
+                )
+                setattr(parent, name, packed.to("cpu"))
+    return model
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = memrt.prepare(model_of(), ["ladder(reduction=2)"])
 

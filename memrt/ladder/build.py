@@ -105,7 +105,8 @@ def build_ladder(run: Session, settings: Settings) -> list[nn.Module]:
     streams: list[Stream] = []
     quiet = []
     for index, (stack, side) in enumerate(zip(structure.stacks, sides, strict=True)):
-        stream = Stream(len(stack.layers), settings.rungs(len(stack.layers)))
+        count = len(stack.layers)
+        stream = Stream(stack.name, count, settings.rungs(count))
         stream.encoder = streams[0] if streams else None
         streams.append(stream)
         last = index == len(sides) - 1
@@ -246,7 +247,7 @@ def _hang(
     *,
     joins: bool,
 ) -> list[nn.Module]:
-    rungs = [Rung(stream) for _ in stack.layers]
+    rungs = [Rung(stream, index) for index in range(len(stack.layers))]
     with drawing(settings.seed, side.like):
         _fill(stack, rungs, side, settings, kept)
         norm_name = final_norm(run.model, stack) if side.norm is not None else None

@@ -5,19 +5,23 @@
 
 The fingerprint is a SHA-256 over what every precision keeps: the backbone's embeddings, norms and
 biases, rounded to bfloat16. (A float32 checkpoint that is loaded as float16 is rounded twice and
-may be taken for another.)
+may be taken for another.) Beside it are sums of the blocks' weights, compared within what rounding
+and packing do (`memrt.base_record`): one pass over them when a side network is first written and
+when one is read. Files of before have none.
 """
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from memrt.base_record import base_hash
+from memrt.base_record import base_hash, base_weights, changed_weight
 from memrt.ladder.attach import CHILD
+from memrt.weight_sums import checked_sums
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -39,6 +43,8 @@ CONFIG_NAME = "ladder.json"
 WEIGHTS_NAME = "ladder.safetensors"
 VERSION = 1
 
+_sums_beside: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
+
 
 def write_ladder(
     model: nn.Module, folder: Path, *, settings: Mapping[str, Any], trained: Collection[str]
@@ -51,6 +57,7 @@ def write_ladder(
         "ladder": _without_data(settings),
         "model": type(model).__name__,
         "backbone": fingerprint(model, trained=trained),
+        "weights": _weights(model, trained=trained),
     }
     tensors = {name: t.detach().contiguous() for name, t in side_tensors(model, trained)}
     save_file(tensors, folder / WEIGHTS_NAME)
@@ -63,17 +70,35 @@ def has_ladder_files(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`ladder.json`, of a version that is read here."""
+    """`ladder.json`, whole and of a version that is read here."""
+    path = folder / CONFIG_NAME
+    if folder.is_file():
+        raise ValueError(f"folder={str(folder)!r} is a file; name the folder that it lies in")
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text("utf-8"))
+        config = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {CONFIG_NAME}; name what save_ladder wrote") from None
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(config, dict):
+        raise _damaged(path, f"it holds a {type(config).__name__}, not an object")
     if config.get("version") != VERSION:
         raise ValueError(
-            f"{folder} has version {config.get('version')!r}, this memrt reads {VERSION}; load it "
+            f"{path} has version {config.get('version')!r}, this memrt reads {VERSION}; load it "
             "with the memrt that wrote it"
         )
+    for key, kind in (("ladder", dict), ("model", str), ("backbone", str)):
+        if not isinstance(config.get(key), kind):
+            raise _damaged(path, f"{key!r} is {config.get(key)!r}")
+    try:
+        checked_sums(config.get("weights", {}))
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
     return config
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path} is damaged ({what}); copy it again")
 
 
 def fill_side(model: nn.Module, folder: Path, *, trained: Collection[str]) -> None:
@@ -82,11 +107,7 @@ def fill_side(model: nn.Module, folder: Path, *, trained: Collection[str]) -> No
     from safetensors.torch import load_file
 
     config = read_config(folder)
-    if fingerprint(model, trained=trained) != config["backbone"]:
-        raise ValueError(
-            f"{folder} was trained beside another backbone (a {config['model']}) than this "
-            f"{type(model).__name__}; load the model that it was trained on"
-        )
+    _require_backbone(model, config, folder, trained=trained)
     path = folder / WEIGHTS_NAME
     try:
         saved = load_file(path)
@@ -103,6 +124,23 @@ def fill_side(model: nn.Module, folder: Path, *, trained: Collection[str]) -> No
             if saved[name].shape != tensor.shape:
                 raise ValueError(f"{folder} does not fit this model: {name} has another shape")
             tensor.copy_(saved[name])
+
+
+def _require_backbone(
+    model: nn.Module, config: Mapping[str, Any], folder: Path, *, trained: Collection[str]
+) -> None:
+    other = (
+        f"{folder} was trained beside another backbone (a {config['model']}) than this "
+        f"{type(model).__name__}"
+    )
+    if fingerprint(model, trained=trained) != config["backbone"]:
+        raise ValueError(f"{other}; load the model that it was trained on")
+    weight = changed_weight(model, config.get("weights", {}))
+    if weight is not None:
+        raise ValueError(
+            f"{other}: {weight} differs; load the model that it was trained on (taking 'weights' "
+            f"out of {CONFIG_NAME} leaves weights unchecked)"
+        )
 
 
 def _without_data(settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -122,5 +160,17 @@ def side_tensors(model: nn.Module, trained: Collection[str]) -> Iterator[tuple[s
 
 def fingerprint(model: nn.Module, *, trained: Collection[str]) -> str:
     """What a backbone is known by: SHA-256 of embeddings, norms and biases as bfloat16."""
-    side = [name for name, _ in model.named_parameters() if CHILD in name.split(".")]
-    return base_hash(model, left_out=[*trained, *side])
+    return base_hash(model, left_out=[*trained, *_side_names(model)])
+
+
+def _weights(model: nn.Module, *, trained: Collection[str]) -> dict[str, str]:
+    """Sums of the backbone's weights: looked at once while a side network hangs beside them."""
+    side = next(module for name, module in model.named_modules() if CHILD in name.split("."))
+    if side not in _sums_beside:
+        left_out = {*trained, *_side_names(model)}
+        _sums_beside[side] = base_weights(model, left_out=left_out)
+    return _sums_beside[side]
+
+
+def _side_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters() if CHILD in name.split(".")]

@@ -218,13 +218,29 @@ def check_prunable(blocks: Sequence[nn.Module], cut: Cut) -> None:
             f"{wide.heads} heads of {wide.head_dim}; use ladder(init='random')"
         )
     for block in blocks:
-        linear = {weight.name for weight in roles_of(block, wide).weights}
+        weights = roles_of(block, wide).weights
+        for weight in weights:
+            _require_numbers(weight)
+        linear = {weight.name for weight in weights}
         for name, parameter in block.named_parameters():
             if name.rpartition(".")[0] not in linear and not _is_known_vector(name, parameter, cut):
                 raise ValueError(
                     f"the parameter {name} of shape {list(parameter.shape)} has a place in its "
                     "block that pruning does not know; use ladder(init='random')"
                 )
+
+
+def _require_numbers(weight: Weight) -> None:
+    """Bytes of another library's quantised layer say nothing without its scales."""
+    stored = weight.module.weight
+    assert isinstance(stored, Tensor)
+    plain = stored.is_floating_point() and stored.dtype.itemsize > 1
+    if not plain and not hasattr(weight.module, "dense"):
+        raise ValueError(
+            f"the weight {weight.name} of a {type(weight.module).__name__} is stored as "
+            f"{stored.dtype}, which pruning cannot read; use ladder(init='random'), or load the "
+            "model with memrt's own nf4 or int8"
+        )
 
 
 def _is_known_vector(name: str, parameter: Tensor, cut: Cut) -> bool:

@@ -31,7 +31,8 @@ __all__ = ["Call", "EncoderEnd", "Join", "Rung", "Stream"]
 class Stream:
     """What flows through one stack's ladder during one forward."""
 
-    def __init__(self, num_layers: int, rungs: Sequence[int]) -> None:
+    def __init__(self, name: str, num_layers: int, rungs: Sequence[int]) -> None:
+        self.name = name
         self.num_layers = num_layers
         self.rungs = tuple(rungs)
         """The blocks that have one, from 0."""
@@ -43,10 +44,37 @@ class Stream:
         """Of an encoder: what its output is known by: its length, [batch, tokens, channels]."""
         self._known: weakref.ref[Tensor] | None = None
         self.encoder: Stream | None = None
+        self.position: int | None = None
+        """The last block that ran, until the state is taken."""
+        self.output: weakref.ref[Tensor] | None = None
+        """What the last block gave to a norm that joins."""
+        self.up: Tensor | None = None
+        """The weight of the join, in front of which no block may be."""
+
+    def enter(self, index: int, call: Call) -> None:
+        """Refuse a block out of its turn: the side would be lost, or gradients wrong."""
+        if index:
+            if self.position is None or self.position >= index:
+                raise ValueError(self._out_of_turn(index))
+        elif self._is_own_output(call.hidden) or _depends(call.hidden, self.up):
+            raise ValueError(self._out_of_turn(index))
+        self.position = index
+
+    def _is_own_output(self, hidden: Tensor) -> bool:
+        return self.position is not None and self.output is not None and self.output() is hidden
+
+    def _out_of_turn(self, index: int) -> str:
+        before = "none" if self.position is None else f"block {self.position}"
+        why = f"after {before}" if index else "on what the ladder beside them has given"
+        return (
+            f"block {index} of {self.name} ran {why}, but beside a ladder every block runs at most "
+            "once a forward, from the first to the last; use another strategy for a model that "
+            "loops over its blocks, and ladder(checkpoint=True) in place of checkpointed blocks"
+        )
 
     def take(self) -> Tensor:
         """The last state, of which nothing is kept here."""
-        state, self.state = self.state, None
+        state, self.state, self.position, self.output = self.state, None, None, None
         self.rotary.clear()
         assert state is not None, "the join ran before the first block"
         return state
@@ -102,6 +130,20 @@ class Stream:
         if marked:
             self._known = weakref.ref(given)
         return marked
+
+
+def _depends(hidden: Tensor, weight: Tensor | None) -> bool:
+    """Whether backward would come from a hidden state to this weight."""
+    nodes, seen = [] if weight is None else [hidden.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if getattr(node, "variable", None) is weight:
+            return True
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+    return False
 
 
 def _mark(output: Tensor) -> Tensor:
@@ -168,9 +210,10 @@ class Rung(nn.Module):
 
     heads: Tensor | None
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, index: int) -> None:
         super().__init__()
         self.stream = stream
+        self.index = index
         self.stem: Tap | None = None
         self.tap: Tap | None = None
         self.gate: Gate | None = None
@@ -181,26 +224,28 @@ class Rung(nn.Module):
         self.register_buffer("heads", None)
 
     def prepare(self, call: Call) -> None:
-        """Before the backbone's first block: room in the cache for the side's blocks."""
+        """Before the backbone's block: its turn; room in the cache for the side's blocks."""
+        self.stream.enter(self.index, call)
         if self.stem is not None and call.cache is not None:
             grow_cache(call.cache, self.stream.num_layers, self.stream.rungs)
 
     def forward(self, call: Call, output: Any) -> Any:
         """Climb one rung; returns the block's output, joined with the side's after the last."""
         stream = self.stream
+        hidden = output[0] if isinstance(output, tuple) else output
         if self.stem is not None:
             stream.state = self.stem(call.hidden)
         if self.tap is not None and self.gate is not None and self.block is not None:
-            hidden = output[0] if isinstance(output, tuple) else output
             assert stream.state is not None, "a block ran before the first"
             mixed = self.tap(hidden, stream.state, self.gate())
             stream.state = None  # or it would outlive its use
             stream.state = self._climb(mixed, self._arguments(call, output))
         if self.end is None:
+            if self.index + 1 == stream.num_layers:
+                stream.output = weakref.ref(hidden)
             return output
-        if isinstance(output, tuple):
-            return (self.end(output[0]), *output[1:])
-        return self.end(output)
+        ended = self.end(hidden)
+        return (ended, *output[1:]) if isinstance(output, tuple) else ended
 
     def _arguments(self, call: Call, output: Any) -> dict[str, Any]:
         """What the side's block is called with beside its state."""
@@ -295,6 +340,9 @@ class Join(nn.Module):
         self.form = form
         self.norm = norm
         self.up = nn.Linear(side, hidden)
+        for each in (stream, stream.encoder):
+            if each is not None:
+                each.up = self.up.weight
         if form == "exact":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)

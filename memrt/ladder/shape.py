@@ -37,7 +37,11 @@ MIN_HEAD_WIDTH = 16
 _WIDTH_KEYS = ("hidden_size", "word_embed_proj_dim")
 _DIVIDED_KEYS = (
     "intermediate_size",
+    "intermediate_size_mlp",  # of Llama 4
     "n_inner",
+    "d_inner",  # of XLNet and Funnel
+    "hidden_dim",  # of DistilBERT
+    "dff",  # of CTRL
     "d_ff",
     "ffn_dim",
     "encoder_ffn_dim",
@@ -45,6 +49,12 @@ _DIVIDED_KEYS = (
     "ffn_hidden_size",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
+    "shared_intermediate_size",  # of the Granite MoEs; 0 is none
+    "shared_experts_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "expert_ffn_hidden_size",
+    "dense_intermediate_size",
+    "prefix_dense_intermediate_size",
     "cross_attention_hidden_size",  # of an encoder that is as many times narrower
 )
 _HEAD_KEYS = ("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads")
@@ -131,9 +141,11 @@ def narrow_config(config: Any, reduction: int) -> Any:
     wide = Widths.of(config)
     widths = _narrow_latent(wide, reduction) if _is_latent(config) else None
     widths = widths or wide.narrowed(reduction, own_head_dim=own_head_dim)
+    if widths.head_dim != wide.head_dim and _lists_factors(config):
+        raise ValueError(_needs_whole_heads(config, wide, reduction))
     for key in _DIVIDED_KEYS:
         size = getattr(config, key, None)
-        if size is not None:
+        if size:
             setattr(narrow, key, _divided(key, int(size), reduction))
     values = dict.fromkeys(_WIDTH_KEYS, widths.hidden)
     values |= dict.fromkeys(_HEAD_KEYS, widths.heads)
@@ -149,6 +161,33 @@ def narrow_config(config: Any, reduction: int) -> Any:
             narrow.query_pre_attn_scalar = type(scale)(scale * widths.head_dim / wide.head_dim)
     narrow.vocab_size = _VOCABULARY
     return narrow
+
+
+def _lists_factors(config: Any) -> bool:
+    """Whether rotary embeddings have a factor for each pair of a head's channels (longrope)."""
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = [given, *(part for part in given.values() if isinstance(part, dict))]
+    return any(part.get(key) for part in parts for key in ("short_factor", "long_factor"))
+
+
+def _needs_whole_heads(config: Any, wide: Widths, reduction: int) -> str:
+    fits = (r for r in range(reduction - 1, 0, -1) if _keeps_heads(config, wide, r))
+    found = next(fits, None)
+    remedy = "a model without" if found is None else f"reduction={found}"
+    return (
+        f"reduction={reduction} makes the heads narrower than {wide.head_dim} channels, for each "
+        f"pair of which rope_scaling has a factor (longrope); use {remedy}"
+    )
+
+
+def _keeps_heads(config: Any, wide: Widths, reduction: int) -> bool:
+    try:
+        for size in filter(None, (getattr(config, key, None) for key in _DIVIDED_KEYS)):
+            _divided("width", int(size), reduction)
+        narrow = wide.narrowed(reduction, own_head_dim=_has_own_head_dim(config))
+    except ValueError:
+        return False
+    return narrow.head_dim == wide.head_dim
 
 
 def _has_own_head_dim(config: Any) -> bool:

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
+from memrt.adapters import adapter_layers
 from memrt.kernels.ladder import KEPT
 from memrt.ladder.attach import final_norm, task_head
 from memrt.ladder.build import build_ladder, prunes
@@ -59,7 +60,7 @@ STARTS = ("exact", "lst", "qst")
 INITS = ("auto", "magnitude", "fisher", "principal", "random")
 ON_DATA = ("fisher", "principal")
 HEADS = ("auto", "frozen", "trained")
-# of DeBERTa, Gemma 3n, Zamba, Mllama and PEGASUS-X
+# of DeBERTa, Gemma 3n, Zamba, Mllama, PEGASUS-X and XLNet
 WIDE_ARGUMENTS = frozenset(
     {
         "rel_embeddings",
@@ -67,6 +68,8 @@ WIDE_ARGUMENTS = frozenset(
         "original_hidden_states",
         "cross_attention_states",
         "global_hidden_states",
+        "output_g",
+        "r",
     }
 )
 
@@ -195,12 +198,36 @@ class Ladder(Strategy):
                 f"{kind} brings its encoder to the width of its decoder by enc_to_dec_proj, which "
                 "the side network has not; use an encoder and a decoder of one width"
             )
+        self._check_choice(facts)
         for stack in stacks:
+            _require_once(facts, stack)
             self._check_stack(facts, stack)
         if self.init in ("magnitude", *ON_DATA):
             prunes(facts, self)
         if self.head == "trained" and not _behind(facts):
             raise ValueError(f"head='trained': {kind} has nothing behind the join that could train")
+
+    def _check_choice(self, facts: Facts) -> None:
+        """What the user has chosen to train must not stop training without a word."""
+        kind = type(facts.model).__name__
+        adapted = [name for name, _ in adapter_layers(facts.model)]
+        adapted += [name for name, _ in facts.model.named_children() if name == "prompt_encoder"]
+        if adapted:
+            raise ValueError(
+                f"{kind} has PEFT's adapters ({adapted[0]}, say), which the ladder would freeze; "
+                "fold them in first, model = model.merge_and_unload(), or train them without it"
+            )
+        behind = set(_behind(facts) if self.head == "frozen" else self.trained_head(facts))
+        own = [(n, p) for n, p in facts.model.named_parameters() if n not in behind]
+        trains = [name for name, parameter in own if parameter.requires_grad]
+        frozen = [name for name, p in own if not p.requires_grad and _could_train(facts, name, p)]
+        if trains and frozen:
+            raise ValueError(
+                f"{len(frozen)} parameters of {kind} are frozen ({frozen[0]}, say) and others "
+                f"({trains[0]}, say) train, but the ladder freezes all of them; freeze all or "
+                "none, model.requires_grad_(True), and let ladder(head='trained') train what is "
+                "behind the join"
+            )
 
     def _check_stack(self, facts: Facts, stack: LayerStack) -> None:
         count = len(stack.layers)
@@ -253,6 +280,34 @@ class Ladder(Strategy):
     def attach(self, run: Session) -> Attachment:
         """Freeze the backbone and hang the side network below it."""
         return _Ladder(self, run)
+
+
+def _could_train(facts: Facts, name: str, parameter: nn.Parameter) -> bool:
+    """Not what is frozen by itself: quantised weights, tables of positions, routers' biases."""
+    table = "pos" in name and facts.structure.layer_of(name) is None
+    weight = name.endswith("weight") or parameter.ndim > 2
+    return weight and not table and parameter.is_floating_point() and parameter.dtype.itemsize > 1
+
+
+def _require_once(facts: Facts, stack: LayerStack) -> None:
+    """Blocks that a forward runs several times would be given what the ladder has joined."""
+    body, count = body_of(facts.model, stack), len(stack.layers)
+    config: Any = None if body is None else facts.model.get_submodule(body).config
+    shared = getattr(config, "num_hidden_groups", None) is not None
+    passes = config.num_hidden_layers if shared else _listed(facts.model, stack)
+    if passes > count:
+        remedy = f"num_hidden_groups={passes}" if shared else "a block of its own for each layer"
+        raise ValueError(
+            f"{type(facts.model).__name__} runs its {count} blocks of {stack.name} {passes} times "
+            "a forward, as one for several layers, and the ladder's gradients would be wrong; use "
+            f"a model with {remedy}, or another strategy, such as peft(method='lora')"
+        )
+
+
+def _listed(model: nn.Module, stack: LayerStack) -> int:
+    """How many times a stack's list names its blocks; each counts once in the stack itself."""
+    listed = model.get_submodule(stack.name)._modules.values()
+    return sum(module in stack.layers for module in listed)
 
 
 def _refuse_arguments(stack: LayerStack, config: Any) -> None:

@@ -53,6 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "memrt.update_time",
         "memrt.values",
         "memrt.weight_readers",
+        "memrt.weight_sums",
     ),
     ("memrt.strategies",),
     ("memrt.session",),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -602,6 +605,127 @@ def test_blocks_that_cannot_be_made_narrower_are_refused() -> None:
     assert not side_names(model)
 
 
+# ---------------------------------------------------------------- blocks that run out of turn
+
+
+class Blocks(nn.Module):
+    """Runs its blocks, by their numbers, in the order that it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(3)
+        )
+        self.head = nn.Linear(32, 4)
+        self.order = [0, 1, 2]
+        self.fails_after: int | None = None
+
+    def body(self, x: Tensor) -> Tensor:
+        for index in self.order:
+            x = x + self.layers[index](x)
+            if index == self.fails_after:
+                raise RuntimeError("out of memory")
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.body(x))
+        return result
+
+
+def side_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        ([0, 1, 2, 0, 1, 2], "block 0 of layers ran on what the ladder"),
+        ([0, 0, 1, 1, 2, 2], "block 1 of layers ran after block 1,"),
+        ([2, 1, 0], "block 2 of layers ran after none,"),
+        ([0, 2, 1], "block 1 of layers ran after none,"),
+    ],
+    ids=str,
+)
+def test_blocks_that_run_twice_or_out_of_order_are_refused(order: list[int], message: str) -> None:
+    model, x = Blocks(), torch.randn(2, 5, 32)
+    ladder(model, init="random")
+    expected = side_gradients(model, model(x).sum())
+    assert expected
+    model.order = order
+    with pytest.raises(ValueError, match=message):
+        model(x)
+    model.order = [0, 1, 2]
+    assert_equal(side_gradients(model, model(x).sum()), expected)
+
+
+def test_a_model_that_takes_its_own_joined_output_is_refused_where_it_learns() -> None:
+    """Somebody else's gradients, and evaluation without any, may come to the blocks."""
+    model, x = Blocks(), torch.randn(2, 5, 32)
+    ladder(model, init="random")
+    with pytest.raises(ValueError, match="block 0 of layers ran on what the ladder"):
+        model.body(torch.tanh(model.body(x)))
+    with torch.no_grad():
+        model.body(model.body(x))
+    own = nn.Linear(32, 32)
+    assert side_gradients(model, model(own(x)).sum())
+
+
+def test_two_inputs_after_one_another_have_the_gradients_of_both() -> None:
+    model, x, y = Blocks(), torch.randn(2, 5, 32), torch.randn(2, 5, 32)
+    ladder(model, init="random")
+    first, second = (side_gradients(model, model(each).sum()) for each in (x, y))
+    both = side_gradients(model, model(x).sum() + model(y).sum())
+    for name, gradient in both.items():
+        torch.testing.assert_close(gradient, first[name] + second[name])
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_that_was_interrupted_leaves_nothing_behind(stopped: int, training: bool) -> None:
+    model, x = Blocks(), torch.randn(2, 5, 32)
+    ladder(model.train(training), init="random")
+    expected = side_gradients(model, model(x).sum())
+    model.fails_after = stopped
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(x)
+    model.fails_after = None
+    assert_equal(side_gradients(model, model(x).sum()), expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_all_blocks_together_may_be_recomputed(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = Blocks(), torch.randn(2, 5, 32, requires_grad=True)
+    ladder(model, init="random")
+    expected = side_gradients(model, model(x).sum())
+    for _ in range(2):
+        output = checkpoint(model, x, use_reentrant=reentrant)
+        assert_equal(side_gradients(model, output.sum()), expected)
+
+
+@pytest.mark.parametrize("order", [[0, 2], [0, 1]], ids=str)
+def test_blocks_may_be_skipped(order: list[int]) -> None:
+    model, x = Blocks(), torch.randn(2, 5, 32)
+    ladder(model, init="random")
+    expected = side_gradients(model, model(x).sum())
+    model.order = order
+    assert model(x).shape == (2, 5, 4)
+    model.order = [0, 1, 2]
+    assert_equal(side_gradients(model, model(x).sum()), expected)
+
+
+def test_a_list_that_has_one_block_several_times_is_refused() -> None:
+    model = Blocks()
+    model.layers = nn.ModuleList([model.layers[0]] * 3)
+    with pytest.raises(ConflictError, match="Blocks runs its 1 blocks of layers 3 times a forward"):
+        ladder(model, init="random")
+    assert not side_names(model)
+
+
 @pytest.mark.parametrize("other", ["activation_checkpoint", "lisa(layers=1)", "badam"])
 def test_who_recomputes_or_trains_the_backbone_is_refused_by_name(other: str) -> None:
     with pytest.raises(
@@ -656,3 +780,18 @@ def test_extrapolated_layers_equal_the_full_run() -> None:
     assert quick.simulated_layers == (4, 5, 6)
     assert quick.simulation.peak.accounts == whole.simulation.peak.accounts
     assert quick.simulation.account_maxima == whole.simulation.account_maxima
+
+
+def test_a_plan_repeats_layers_where_nothing_has_imported_peft_before(tmp_path: Path) -> None:
+    # the import makes tensors, which the shallowest of the three simulations alone would count
+    script = (
+        "import sys, memrt; from memrt.testing import tiny_config; "
+        "planned = memrt.plan(tiny_config('llama', layers=8), "
+        "['ladder(reduction=2, checkpoint=True)'], sequence_length=8); "
+        "assert len(planned.simulated_layers) == 3, planned.simulated_layers; "
+        "assert 'peft' not in sys.modules"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]

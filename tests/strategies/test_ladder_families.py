@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import memrt
 from memrt.errors import ConflictError
 from memrt.ladder.attach import CHILD, final_norm
+from memrt.ladder.shape import narrow_config
 from memrt.runner import model_loss
 from memrt.structure import discover
 from memrt.testing import tiny_batches
@@ -323,3 +324,294 @@ def test_a_side_block_with_a_table_of_its_own_knows_positions() -> None:
             y[0] if isinstance(y, tuple) else y for y in (block(x), block(x[:, order]))
         )
     assert not torch.allclose(first[:, order], second, atol=1e-2)
+
+
+# ---------------------------------------------------------------- blocks that run more than once
+
+
+def albert(**values: Any) -> Any:
+    config = transformers.AlbertConfig(
+        vocab_size=99, embedding_size=32, intermediate_size=128, **{**SIZES, **values}
+    )
+    return transformers.AlbertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_an_albert_whose_blocks_are_several_layers_each_is_refused(groups: int) -> None:
+    model = albert(num_hidden_layers=3, num_hidden_groups=groups)
+    kinds = [type(module) for module in model.modules()]
+    match = (
+        rf"AlbertForSequenceClassification runs its {groups} blocks of "
+        r"albert\.encoder\.albert_layer_groups 3 times a forward.*num_hidden_groups=3"
+    )
+    with pytest.raises(ConflictError, match=match):
+        memrt.prepare(model, ["ladder(reduction=2, init='random')"])
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_albert_with_a_block_for_every_layer_trains() -> None:
+    model = albert(num_hidden_layers=2, num_hidden_groups=2).eval()
+    batch = {**tiny_batches("llama")[0], "labels": torch.tensor([0, 1])}
+    session = memrt.prepare(model, ["ladder(reduction=2, init='random')"], lr=1e-2)
+    losses = []
+    for _ in range(6):
+        losses.append(float(session.train_micro_batch(lambda: model_loss(model, batch))))
+        session.step()
+    assert losses[-1] < losses[0]
+
+
+def test_a_transformers_body_that_is_looped_before_its_norm_is_refused_as_it_runs() -> None:
+    class Looped(transformers.LlamaModel):  # type: ignore[misc]
+        def forward(self, inputs_embeds: Tensor) -> Tensor:
+            x, positions = inputs_embeds, torch.arange(inputs_embeds.shape[1])[None]
+            rotary = self.rotary_emb(x, positions)
+            for _ in range(2):
+                for layer in self.layers:
+                    x = layer(x, position_embeddings=rotary)
+            result: Tensor = self.norm(x)
+            return result
+
+    config = transformers.LlamaConfig(**SIZES, intermediate_size=64, vocab_size=99)
+    model = Looped(config)
+    memrt.prepare(model, ["ladder(reduction=2)"])
+    for _ in range(2):  # what the first left behind is not in the way of the second
+        with pytest.raises(ValueError, match="block 0 of layers ran on what the ladder"):
+            model(torch.randn(2, 5, 64))
+
+
+# ---------------------------------------------------------------- what the user has chosen
+
+
+def bert() -> Any:
+    config = transformers.BertConfig(**SIZES, intermediate_size=64, vocab_size=99)
+    return transformers.BertForSequenceClassification(config)
+
+
+def only(*parts: str, build: Any = bert) -> nn.Module:
+    model: nn.Module = build()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in parts))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("parts", "settings"),
+    [
+        (("layer.1.", "classifier"), ""),
+        (("embeddings", "classifier"), ""),
+        (("encoder", "classifier", "pooler"), ""),
+        (("LayerNorm",), ", head='frozen'"),
+    ],
+    ids=str,
+)
+def test_a_partly_frozen_backbone_is_refused_by_name(parts: tuple[str, ...], settings: str) -> None:
+    model = only(*parts)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    match = "parameters of BertForSequenceClassification are frozen .*freeze all or none"
+    with pytest.raises(ConflictError, match=match):
+        memrt.prepare(model, [f"ladder(reduction=2{settings})"])
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+@pytest.mark.parametrize(
+    ("parts", "settings"),
+    [((), ""), (("classifier", "pooler"), ""), (("classifier",), ", head='frozen'")],
+    ids=str,
+)
+def test_a_frozen_backbone_is_taken_with_a_task_head_that_trains(
+    parts: tuple[str, ...], settings: str
+) -> None:
+    model = only(*parts)
+    memrt.prepare(model, [f"ladder(reduction=2{settings})"])
+    trains = {n for n, p in model.named_parameters() if p.requires_grad and CHILD not in n}
+    assert {name.split(".")[-2] for name in trains} <= {"classifier", "dense"}
+    assert bool(trains) == (bool(parts) and not settings)
+
+
+def test_a_language_model_s_head_left_to_train_is_named_behind_the_join() -> None:
+    model = only("lm_head", build=opt_untied)
+    with pytest.raises(ConflictError, match="head='trained'"):
+        memrt.prepare(model, ["ladder(reduction=2)"])
+    memrt.prepare(model, ["ladder(reduction=2, head='trained')"])
+    assert model.lm_head.weight.requires_grad
+
+
+def opt_untied() -> Any:
+    return opt(tie_word_embeddings=False)
+
+
+def ernie_moe() -> Any:
+    """Its routers' biases are frozen, in the blocks."""
+    config = transformers.Ernie4_5_MoeConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        moe_intermediate_size=64,
+        moe_num_experts=2,
+        moe_k=1,
+        moe_layer_start_index=0,
+        vocab_size=99,
+    )
+    return transformers.Ernie4_5_MoeForCausalLM(config)
+
+
+@pytest.mark.parametrize("build", [whisper, ernie_moe])
+def test_what_transformers_freezes_by_itself_is_nobody_s_choice(build: Any) -> None:
+    model = build()
+    assert not all(parameter.requires_grad for parameter in model.parameters())
+    memrt.prepare(model, ["ladder(reduction=2)"])
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_model_with_peft_s_adapters_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["query"]))
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(ConflictError, match=r"has PEFT's adapters \(.*merge_and_unload"):
+        memrt.prepare(model, ["ladder(reduction=2)"])
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trains
+    prompt = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+    with pytest.raises(ConflictError, match=r"has PEFT's adapters \(prompt_encoder"):
+        memrt.prepare(peft.get_peft_model(bert(), prompt), ["ladder(reduction=2)"])
+
+
+# ---------------------------------------------------------------- widths by other names
+
+
+def distilbert() -> Any:
+    config = transformers.DistilBertConfig(
+        dim=64, hidden_dim=128, n_layers=2, n_heads=4, vocab_size=99
+    )
+    return transformers.DistilBertForSequenceClassification(config)
+
+
+def granite_moe_shared(**values: Any) -> Any:
+    given = {"shared_intermediate_size": 128, **values}
+    config = transformers.GraniteMoeSharedConfig(
+        **SIZES, intermediate_size=64, vocab_size=99, num_local_experts=2, **given
+    )
+    return transformers.GraniteMoeSharedForCausalLM(config)
+
+
+def llama4() -> Any:
+    config = transformers.Llama4TextConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=16,
+        intermediate_size=64,
+        intermediate_size_mlp=128,
+        interleave_moe_layer_step=2,
+        num_local_experts=2,
+        vocab_size=99,
+    )
+    return transformers.Llama4ForCausalLM(config)
+
+
+def ctrl() -> Any:
+    config = transformers.CTRLConfig(n_embd=64, dff=128, n_layer=2, n_head=4, vocab_size=99)
+    return transformers.CTRLLMHeadModel(config)
+
+
+@pytest.mark.parametrize("build", [distilbert, granite_moe_shared, llama4, ctrl])
+def test_no_feed_forward_keeps_the_backbone_s_width(build: Any) -> None:
+    model = build()
+    widest = [p.shape for n, p in model.named_parameters() if "embed" not in n and 128 in p.shape]
+    assert widest
+    memrt.prepare(model, ["ladder(reduction=4, init='random')"])
+    side = [(n, p) for n, p in model.named_parameters() if ".ladder.block." in n]
+    assert side
+    assert not [(name, p.shape) for name, p in side if 128 in p.shape]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "shared_experts_intermediate_size",  # Dots
+        "moe_shared_expert_intermediate_size",  # NemotronH
+        "expert_ffn_hidden_size",  # LongCat
+        "dense_intermediate_size",  # MiniMax
+        "prefix_dense_intermediate_size",  # Cohere2 MoE
+    ],
+)
+def test_widths_of_experts_are_divided_by_whatever_name(key: str) -> None:
+    config = transformers.LlamaConfig(**SIZES, **{key: 128})
+    assert getattr(narrow_config(config, 4), key) == 32
+    with pytest.raises(ValueError, match=f"reduction=4 does not divide the model's {key} of 126"):
+        narrow_config(transformers.LlamaConfig(**SIZES, **{key: 126}), 4)
+
+
+def test_a_width_of_zero_stays_none() -> None:
+    model = granite_moe_shared(shared_intermediate_size=0)
+    memrt.prepare(model, ["ladder(reduction=2, init='random')"])
+
+
+def xlnet() -> Any:
+    config = transformers.XLNetConfig(d_model=64, n_layer=2, n_head=4, d_inner=128, vocab_size=99)
+    return transformers.XLNetForSequenceClassification(config)
+
+
+def test_xlnet_s_positions_of_its_own_width_are_refused() -> None:
+    model = xlnet()
+    assert narrow_config(model.config, 2).d_inner == 64
+    with pytest.raises(ConflictError, match="given output_g of the model's own width"):
+        memrt.prepare(model, ["ladder(reduction=2)"])
+
+
+def phi3(*, heads: int) -> Any:
+    factors = [1.0] * (64 // heads // 2)
+    scaling = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+    config = transformers.Phi3Config(
+        **{**SIZES, "num_attention_heads": heads},
+        intermediate_size=64,
+        vocab_size=99,
+        pad_token_id=0,
+        original_max_position_embeddings=16,
+        max_position_embeddings=64,
+        rope_scaling=scaling,
+    )
+    return transformers.Phi3ForCausalLM(config)
+
+
+def test_a_factor_for_each_channel_needs_heads_as_wide_as_the_backbone_s() -> None:
+    model = phi3(heads=2)
+    match = r"reduction=4 makes the heads narrower than 32 channels.*rope_scaling.*use reduction=2"
+    with pytest.raises(ConflictError, match=match):
+        memrt.prepare(model, ["ladder(reduction=4)"])
+    session = memrt.prepare(model, ["ladder(reduction=2)"], lr=1e-2)
+    batch = tiny_batches("llama")[0]
+    session.train_micro_batch(lambda: model_loss(model, batch))
+    session.step()
+
+
+# ---------------------------------------------------------------- weights that are bytes
+
+
+def four_bits() -> nn.Module:
+    """As bitsandbytes' Linear4bit keeps them: packed bytes, of another shape."""
+
+    class Linear4bit(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.linear(x, x.new_zeros(self.out_features, self.in_features))
+
+    config = transformers.LlamaConfig(**SIZES, intermediate_size=64, vocab_size=99)
+    model = transformers.LlamaForCausalLM(config)
+    for layer in model.model.layers.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Linear4bit
+            packed = torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8)
+            layer.weight = nn.Parameter(packed, requires_grad=False)
+    return model
+
+
+def test_bytes_of_another_library_are_not_pruned(caplog: pytest.LogCaptureFixture) -> None:
+    match = r"of a Linear4bit is stored as torch\.uint8.*init='random'"
+    for init in ("magnitude", "principal", "fisher"):
+        with pytest.raises(ConflictError, match=match):
+            memrt.prepare(four_bits(), [f"ladder(reduction=2, init='{init}')"])
+    model = four_bits()
+    session = memrt.prepare(model, ["ladder(reduction=2)"], lr=1e-2)
+    assert "starts from random weights, for the weight" in caplog.text
+    batch = tiny_batches("llama")[0]
+    session.train_micro_batch(lambda: model_loss(model, batch))
+    session.step()
