@@ -76,8 +76,7 @@ def prepare(
         optimizer="adamw" if optimizer is None else type(optimizer).__name__,
         seed=seed,
         stochastic_rounding=stochastic_rounding is not False,
-        data_parallel=any(isinstance(part, nn.DataParallel) for part in model.modules()),
-        sharded=_sharing(model),
+        **_processes(model),
     )
     before = set(model.parameters())
     run = Session(
@@ -95,6 +94,12 @@ def prepare(
         run.detach()
         raise
     return run
+
+
+def _processes(model: nn.Module) -> dict[str, Any]:
+    """Settings of who copies the model, sums its gradients or gives each process a part of it."""
+    copies = any(isinstance(part, nn.DataParallel) for part in model.modules())
+    return {"data_parallel": copies, "sharded": _sharing(model)}
 
 
 def _sharing(model: nn.Module) -> str | None:

@@ -51,6 +51,7 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
         self._group_index: dict[nn.Parameter, int] = {}
         self._updates = ParameterCounts()
         self.num_skipped_steps = 0
+        self._own_options = frozenset(defaults)
         rounding = {"stochastic_rounding": stochastic_rounding, "rounding_seed": rounding_seed}
         super().__init__(params, defaults | rounding)
 
@@ -202,8 +203,7 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
 
     def _check_options(self, saved_group: dict[str, Any]) -> None:
         """Refuse a group of another rule, whose state may be as empty as this one's."""
-        later = {"stochastic_rounding", "rounding_seed"}
-        missing = sorted(self.defaults.keys() - saved_group.keys() - later)
+        missing = sorted(self._own_options - saved_group.keys())
         if missing:
             raise ValueError(
                 f"the state's groups have no {missing[0]!r}, which every group of "
@@ -216,6 +216,7 @@ class ParameterwiseOptimizer(torch.optim.Optimizer, ABC):
             "_group_index": self._group_index,
             "_updates": self._updates,
             "num_skipped_steps": self.num_skipped_steps,
+            "_own_options": self._own_options,
         }
         return {**super().__getstate__(), **own}
 

@@ -198,7 +198,7 @@ class Ladder(Strategy):
                 f"{kind} brings its encoder to the width of its decoder by enc_to_dec_proj, which "
                 "the side network has not; use an encoder and a decoder of one width"
             )
-        self._check_choice(facts)
+        _refuse_adapters(facts)
         for stack in stacks:
             _require_once(facts, stack)
             self._check_stack(facts, stack)
@@ -206,28 +206,6 @@ class Ladder(Strategy):
             prunes(facts, self)
         if self.head == "trained" and not _behind(facts):
             raise ValueError(f"head='trained': {kind} has nothing behind the join that could train")
-
-    def _check_choice(self, facts: Facts) -> None:
-        """What the user has chosen to train must not stop training without a word."""
-        kind = type(facts.model).__name__
-        adapted = [name for name, _ in adapter_layers(facts.model)]
-        adapted += [name for name, _ in facts.model.named_children() if name == "prompt_encoder"]
-        if adapted:
-            raise ValueError(
-                f"{kind} has PEFT's adapters ({adapted[0]}, say), which the ladder would freeze; "
-                "fold them in first, model = model.merge_and_unload(), or train them without it"
-            )
-        behind = set(_behind(facts) if self.head == "frozen" else self.trained_head(facts))
-        own = [(n, p) for n, p in facts.model.named_parameters() if n not in behind]
-        trains = [name for name, parameter in own if parameter.requires_grad]
-        frozen = [name for name, p in own if not p.requires_grad and _could_train(facts, name, p)]
-        if trains and frozen:
-            raise ValueError(
-                f"{len(frozen)} parameters of {kind} are frozen ({frozen[0]}, say) and others "
-                f"({trains[0]}, say) train, but the ladder freezes all of them; freeze all or "
-                "none, model.requires_grad_(True), and let ladder(head='trained') train what is "
-                "behind the join"
-            )
 
     def _check_stack(self, facts: Facts, stack: LayerStack) -> None:
         count = len(stack.layers)
@@ -282,11 +260,16 @@ class Ladder(Strategy):
         return _Ladder(self, run)
 
 
-def _could_train(facts: Facts, name: str, parameter: nn.Parameter) -> bool:
-    """Not what is frozen by itself: quantised weights, tables of positions, routers' biases."""
-    table = "pos" in name and facts.structure.layer_of(name) is None
-    weight = name.endswith("weight") or parameter.ndim > 2
-    return weight and not table and parameter.is_floating_point() and parameter.dtype.itemsize > 1
+def _refuse_adapters(facts: Facts) -> None:
+    """What is there to train must not stop training without a word."""
+    kind = type(facts.model).__name__
+    adapted = [name for name, _ in adapter_layers(facts.model)]
+    adapted += [name for name, _ in facts.model.named_children() if name == "prompt_encoder"]
+    if adapted:
+        raise ValueError(
+            f"{kind} has PEFT's adapters ({adapted[0]}, say), which the ladder would freeze; "
+            "fold them in first, model = model.merge_and_unload(), or train them without it"
+        )
 
 
 def _require_once(facts: Facts, stack: LayerStack) -> None:

@@ -397,25 +397,6 @@ def only(*parts: str, build: Any = bert) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("parts", "settings"),
-    [
-        (("layer.1.", "classifier"), ""),
-        (("embeddings", "classifier"), ""),
-        (("encoder", "classifier", "pooler"), ""),
-        (("LayerNorm",), ", head='frozen'"),
-    ],
-    ids=str,
-)
-def test_a_partly_frozen_backbone_is_refused_by_name(parts: tuple[str, ...], settings: str) -> None:
-    model = only(*parts)
-    before = [parameter.requires_grad for parameter in model.parameters()]
-    match = "parameters of BertForSequenceClassification are frozen .*freeze all or none"
-    with pytest.raises(ConflictError, match=match):
-        memrt.prepare(model, [f"ladder(reduction=2{settings})"])
-    assert [parameter.requires_grad for parameter in model.parameters()] == before
-
-
-@pytest.mark.parametrize(
-    ("parts", "settings"),
     [((), ""), (("classifier", "pooler"), ""), (("classifier",), ", head='frozen'")],
     ids=str,
 )
