@@ -410,14 +410,6 @@ def test_a_frozen_backbone_is_taken_with_a_task_head_that_trains(
     assert bool(trains) == (bool(parts) and not settings)
 
 
-def test_a_language_model_s_head_left_to_train_is_named_behind_the_join() -> None:
-    model = only("lm_head", build=opt_untied)
-    with pytest.raises(ConflictError, match="head='trained'"):
-        memrt.prepare(model, ["ladder(reduction=2)"])
-    memrt.prepare(model, ["ladder(reduction=2, head='trained')"])
-    assert model.lm_head.weight.requires_grad
-
-
 def opt_untied() -> Any:
     return opt(tie_word_embeddings=False)
 
