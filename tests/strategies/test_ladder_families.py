@@ -410,10 +410,6 @@ def test_a_frozen_backbone_is_taken_with_a_task_head_that_trains(
     assert bool(trains) == (bool(parts) and not settings)
 
 
-def opt_untied() -> Any:
-    return opt(tie_word_embeddings=False)
-
-
 def ernie_moe() -> Any:
     """Its routers' biases are frozen, in the blocks."""
     config = transformers.Ernie4_5_MoeConfig(
