@@ -18,10 +18,9 @@ logger = logging.getLogger(__name__)
 
 def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """The layers of a model that carry adapters, by name."""
+    # unless it is there nobody made adapters; importing it makes tensors that a plan would count
     tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if (
-        tuners is None
-    ):  # nobody made adapters, and importing it makes tensors that plans would count
+    if tuners is None:
         return []
     kind = tuners.BaseTunerLayer
     return [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]

@@ -316,10 +316,8 @@ def test_a_load_cuts_nothing_out_and_keeps_the_settings(
 
 def test_a_backbone_of_bitsandbytes_is_the_same_backbone(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    wide: dict[str, Any] = {
-        "hidden": 64,
-        "intermediate_size": 128,
-    }  # its product on a CPU wants whole blocks
+    # its product on a CPU wants whole blocks
+    wide: dict[str, Any] = {"hidden": 64, "intermediate_size": 128}
     model = model_of(**wide)
     session = trained(model)
     expected = logits(model)
