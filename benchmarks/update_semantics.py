@@ -111,6 +111,8 @@ def _agree(one: Mapping[str, Tensor], other: Mapping[str, Tensor], *, rtol: floa
 
 def _held(form: tuple[str, ...], parts: int) -> str:
     """The largest gradients account that the ledger counts, of the bytes of all parameters."""
+    if parts > 1 and _refuses(form, accumulation_steps=parts):
+        return REFUSED
     ledger, model = Ledger(), _model(form, layers=12)
     with ledger:
         run = start(model, registry.parse_all(form), settings=_settings(form), ledger=ledger)

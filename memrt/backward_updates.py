@@ -149,7 +149,7 @@ class BackwardUpdates(Attachment):
             for p in self._names
         ]
         if run.facts.settings.accumulation_steps > 1:
-            self._tell_accumulation()
+            self._accept_accumulation()
 
     def rules(self) -> list[Rule]:
         """When parameters are updated, and what their optimizer is made of."""
@@ -232,7 +232,7 @@ class BackwardUpdates(Attachment):
                 "done; pass last=False for all but the last, or call run.step()"
             )
         if not last:
-            self._tell_accumulation()
+            self._accept_accumulation()
         if self.settings.clips:
             self._driven = False
             yield
@@ -269,7 +269,9 @@ class BackwardUpdates(Attachment):
             )
         self._graph_is_known = self._graph_is_known or bool(roots)
 
-    def _tell_accumulation(self) -> None:
+    def _accept_accumulation(self) -> None:
+        if not self.settings.sums_micro_batches:
+            raise ValueError(f"{self.name}: last=False: {self.settings.refusal_of_sums()}")
         if not self._told:
             logger.warning(
                 "%s: with several micro-batches a step every gradient lives from the first to the "

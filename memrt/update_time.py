@@ -57,6 +57,11 @@ class UpdateInBackward(Strategy):
         """Whether the norm of all gradients is known before the first update."""
         return self.clip == "two_pass"
 
+    @property
+    def sums_micro_batches(self) -> bool:
+        """Whether gradients of several micro-batches are kept until the last, and then applied."""
+        return True
+
     def check(self, facts: Facts) -> None:
         """Needs the composed optimizer, dense gradients, no clipping that it cannot do."""
         require_adamw(facts)
@@ -72,9 +77,21 @@ class UpdateInBackward(Strategy):
                 "clip='two_pass' runs backward over it twice; use use_liger_kernel=False, or "
                 "clip='none' with max_grad_norm=0"
             )
+        if facts.settings.accumulation_steps > 1 and not self.sums_micro_batches:
+            steps = facts.settings.accumulation_steps
+            raise ValueError(f"gradient_accumulation_steps={steps}: {self.refusal_of_sums()}")
         refuse_reentrant(facts.model)
         refuse_sparse(facts.model)
         self.in_backward(facts)
+
+    def refusal_of_sums(self) -> str:
+        """What is said where a step has several micro-batches and gradients are not kept."""
+        return (
+            "several micro-batches a step need the sum of their gradients, and here each is "
+            "applied and freed in backward; use one micro-batch a step (larger, with "
+            f"activation_checkpoint), or {self.name}(clip='two_pass'), which keeps every gradient "
+            "until the last micro-batch"
+        )
 
     def in_backward(self, facts: Facts) -> frozenset[str]:
         """Names of the parameters that are updated in backward; all others wait for the step."""
@@ -113,6 +130,11 @@ class RuleInBackward(UpdateInBackward):
     """A preset: an update rule of its own, in backward. Its state is all its own, too."""
 
     lowers: ClassVar[tuple[Account, ...]] = (Account.GRADIENTS, Account.OPTIMIZER)
+
+    @property
+    def sums_micro_batches(self) -> bool:
+        """Only beside two passes: the one-pass rule never has more than one gradient."""
+        return self.clips
 
     def check(self, facts: Facts) -> None:
         """AdamW's own settings have no effect."""

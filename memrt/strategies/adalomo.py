@@ -4,8 +4,9 @@ Each parameter is updated in backward by Adafactor's rule without momentum, norm
 parameter (`memrt.optimizers.adalomo` has the formula). For W [rows, columns] the state is 4 (rows +
 columns) bytes in place of AdamW's 8 rows columns, and each of a stack of experts is such a W;
 gradients: the largest single one. It costs three sweeps over a gradient in place of one. It needs
-no clipping by the global norm, which would take a second backward pass (`clip="two_pass"`). The
-authors' learning rates: 1e-3 (their class), 5e-4 (instruction tuning). bf16 weights are rounded
+no clipping by the global norm, which would take a second backward pass (`clip="two_pass"`). One
+pass never has the sum of several micro-batches, and refuses them; two passes keep it. The authors'
+learning rates: 1e-3 (their class), 5e-4 (instruction tuning). bf16 weights are rounded
 stochastically: to the nearest, most updates would be lost. What is kept and what is refused:
 docs/update-time.md. Lv et al. 2023, arXiv 2310.10195.
 """

@@ -4,9 +4,10 @@ W <- W (1 - lr weight_decay) - lr G as soon as G exists; G is then freed. Optimi
 gradients: the largest single one, 4 n_max bytes (2 in bf16) in place of 4 n. It wants the learning
 rate of SGD (the paper: 3e-2 to 5e-2, linear schedule, batch 16) and clipping: by the global norm
 (the paper: max_grad_norm=1.0) with `clip="two_pass"`, at the price of a second backward pass, or
-element by element in the one pass (`clip_value`; the authors' advice for rates below 1e-3). bf16
-weights are rounded stochastically: to the nearest, most updates would be lost. What is kept and
-what is refused: docs/update-time.md. Lv et al. 2023, arXiv 2306.09782.
+element by element in the one pass (`clip_value`; the authors' advice for rates below 1e-3). One
+pass never has the sum of several micro-batches, and refuses them; two passes keep it. bf16 weights
+are rounded stochastically: to the nearest, most updates would be lost. What is kept and what is
+refused: docs/update-time.md. Lv et al. 2023, arXiv 2306.09782.
 """
 
 from __future__ import annotations

@@ -125,13 +125,28 @@ def test_the_plan_of_bf16_weights_is_the_ledger(name: str) -> None:
 def test_several_micro_batches_are_summed_first(name: str) -> None:
     plain, model = model_of("plain"), model_of("plain")
     reference = OPTIMIZERS[name](plain.parameters(), lr=1e-2)
-    run = memrt.prepare(model, [name], lr=1e-2)
+    run = memrt.prepare(model, [f"{name}(clip='two_pass')"], lr=1e-2)
     for step in steps_of(run, "plain", count=3, micro_batches=3):
         for index in range(3):
             model_loss(plain, batch_of("plain", seed=10 * step + index)).backward()
         reference.step()
         reference.zero_grad()
     assert_equal(weights(model), weights(plain))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_one_pass_form_refuses_several_micro_batches(name: str) -> None:
+    """Up front where their number is known, and in a plain loop before the first backward."""
+    said = rf"one micro-batch a step .* or {name}\(clip='two_pass'\)"
+    with pytest.raises(ConflictError, match=said):
+        memrt.prepare(model_of("plain"), [name], accumulation_steps=2)
+    model = model_of("plain")
+    run, before = memrt.prepare(model, [name], lr=1e-2), weights(model)
+    with pytest.raises(ValueError, match=said), run.micro_batch(last=False):
+        pytest.fail("the micro-batch began")
+    assert_equal(weights(model), before)
+    train(run, "plain", count=1)
+    assert any(not torch.equal(value, before[n]) for n, value in weights(model).items())
 
 
 @pytest.mark.parametrize(
