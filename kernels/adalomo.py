@@ -16,9 +16,10 @@ Three sweeps over the gradient: sums of squares by row and column; RMS(U) and RM
 CUDA each is a Triton kernel: for bf16 2 + 4 + 6 bytes an element of traffic, and sums in two
 stages, without atomics, so that a step has the same bits every time. Temporaries there: 4 bytes a
 column for each of at most 128 strips of rows, and a row for each block of 512 to 2048 columns: none
-that grow with rows · columns until a row has 2^16 elements. On the CPU: fp32 pieces of
-PIECE_ELEMENTS elements, a few numbers a row and column, and what stochastic rounding needs
-(`workspace_bytes`). Either way a copy of what is not contiguous and has more than two dimensions.
+that grow with rows · columns until a row has 2^16 elements. On the CPU, where the sweeps over
+pieces of large matrices are compiled: at most two fp32 pieces of PIECE_ELEMENTS elements, a few
+numbers a row and column, and what stochastic rounding needs (`workspace_bytes`). Either way a copy
+of what is not contiguous and has more than two dimensions.
 
 Source: Lv et al., "AdaLomo: Low-memory Optimization with Adaptive Learning Rate", arXiv 2310.10195.
 """
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from memrt.kernels import stochastic_rounding
+from memrt.kernels.compiled import CompiledFunction
 from memrt.kernels.dispatch import uses_triton
 from memrt.kernels.stochastic_rounding import Rounding, stochastic_copy_
 from memrt.profiling.ledger import register_workspace
@@ -39,6 +41,7 @@ from memrt.profiling.ledger import register_workspace
 __all__ = ["adalomo_", "adalomo_reference", "tiles_of", "workspace_bytes"]
 
 PIECE_ELEMENTS = 2**18  # on the CPU: caches hold what a piece needs
+COMPILED_FROM_ELEMENTS = 2**20  # of a matrix; compiling takes seconds
 TILE_ELEMENTS = 2048
 MAX_STRIPS = 128
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -172,8 +175,10 @@ def _squares(
         return launch_squares(weight, gradient, row_factor, column_factor)
     squares = torch.zeros(2, dtype=torch.float32, device=weight.device)
     for rows in _pieces(gradient):
-        squares[0] += _direction(gradient, rows, row_factor, column_factor).square_().sum()
-        squares[1] += weight[rows].to(torch.float32, copy=True).square_().sum()
+        factor = None if row_factor is None else row_factor[rows]
+        piece = (weight[rows], gradient[rows], factor, column_factor, squares)
+        if not (_is_compiled(weight, gradient, rows) and _compiled_squares(*piece)):
+            _square_piece(*piece)
     return squares
 
 
@@ -194,17 +199,15 @@ def _write(
         launch_write(weight, gradient, row_factor, column_factor, sizes, rounding)
         return
     for rows in _pieces(gradient):
-        update = _direction(gradient, rows, row_factor, column_factor).mul_(along)
-        if rounding is None:
-            weight[rows].sub_(update.addcmul_(weight[rows].float(), decay))
-            del update
-            continue
-        wide = weight[rows].float()
-        wide.sub_(update.addcmul_(wide, decay))
-        del update
-        first_index = rows.start * weight.shape[1]
-        stochastic_copy_(weight[rows], wide, rounding=rounding, first_index=first_index)
-        del wide
+        factor = None if row_factor is None else row_factor[rows]
+        scratch = None if rounding is None else torch.empty_like(weight[rows], dtype=torch.float32)
+        piece = (scratch, weight[rows], gradient[rows], factor, column_factor, along, decay)
+        if not (_is_compiled(weight, gradient, rows) and _compiled_write(*piece)):
+            _write_piece(*piece)
+        if scratch is not None and rounding is not None:
+            first_index = rows.start * weight.shape[1]
+            stochastic_copy_(weight[rows], scratch, rounding=rounding, first_index=first_index)
+        del scratch, piece
 
 
 # ---------------------------------------------------------------- on the CPU
@@ -214,22 +217,65 @@ def _sums(gradient: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The sums of G² + eps by row and by column."""
     row_sums = gradient.new_empty(gradient.shape[0], dtype=torch.float32)
     column_sums = gradient.new_zeros(gradient.shape[1], dtype=torch.float32)
+    added = torch.tensor(eps, dtype=torch.float32)
     for rows in _pieces(gradient):
-        squared = gradient[rows].to(torch.float32, copy=True).square_().add_(eps)
-        torch.sum(squared, dim=1, out=row_sums[rows])
-        column_sums += squared.sum(dim=0)
-        del squared  # or the next piece is made beside it
+        piece = (gradient[rows], added, row_sums[rows], column_sums)
+        if not (_is_compiled(gradient, gradient, rows) and _compiled_sums(*piece)):
+            _sum_piece(*piece)
     return row_sums, column_sums
 
 
-def _direction(
-    gradient: Tensor, rows: slice, row_factor: Tensor | None, column_factor: Tensor
-) -> Tensor:
+def _sum_piece(gradient: Tensor, eps: Tensor, row_sums: Tensor, column_sums: Tensor) -> None:
+    squared = gradient.to(torch.float32, copy=True).square_().add_(eps)
+    row_sums.copy_(squared.sum(dim=1))
+    column_sums.add_(squared.sum(dim=0))
+
+
+def _square_piece(
+    weight: Tensor,
+    gradient: Tensor,
+    row_factor: Tensor | None,
+    column_factor: Tensor,
+    squares: Tensor,
+) -> None:
+    squares[0] += _direction(gradient, row_factor, column_factor).square_().sum()
+    squares[1] += weight.to(torch.float32, copy=True).square_().sum()
+
+
+def _write_piece(
+    scratch: Tensor | None,
+    weight: Tensor,
+    gradient: Tensor,
+    row_factor: Tensor | None,
+    column_factor: Tensor,
+    along: Tensor,
+    decay: Tensor,
+) -> None:
+    """The weight, or an fp32 scratch that is filled in its place, moves."""
+    update = _direction(gradient, row_factor, column_factor).mul_(along)
+    wide = weight if scratch is None else scratch.copy_(weight)
+    wide.sub_(update.addcmul_(wide.float(), decay))
+
+
+_compiled_sums = CompiledFunction(_sum_piece)
+_compiled_squares = CompiledFunction(_square_piece)
+_compiled_write = CompiledFunction(_write_piece)
+
+
+def _direction(gradient: Tensor, row_factor: Tensor | None, column_factor: Tensor) -> Tensor:
     """U of some rows, before its RMS is bounded."""
-    piece = gradient[rows].to(torch.float32, copy=True)
+    piece = gradient.to(torch.float32, copy=True)
     if row_factor is not None:
-        piece.mul_(row_factor[rows, None])
+        piece.mul_(row_factor[:, None])
     return piece.mul_(column_factor)
+
+
+def _is_compiled(weight: Tensor, gradient: Tensor, rows: slice) -> bool:
+    """Whether these rows are a whole piece of matrices that are worth it."""
+    whole = rows.stop - rows.start == _piece_rows(weight.shape[1])
+    dense = weight.is_contiguous() and gradient.is_contiguous()
+    large = weight.numel() >= COMPILED_FROM_ELEMENTS
+    return whole and dense and large and weight.device.type == "cpu"
 
 
 def _piece_rows(num_columns: int) -> int:

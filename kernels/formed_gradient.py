@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from memrt.kernels import stochastic_rounding
+from memrt.kernels.compiled import CompiledFunction
 from memrt.kernels.dispatch import uses_triton
 from memrt.kernels.mixed_precision import block_rows
 from memrt.kernels.stochastic_rounding import Rounding, stochastic_copy_
@@ -46,6 +47,8 @@ __all__ = [
 ]
 
 PIECE_ELEMENTS = 2**18  # on the CPU: caches hold what a piece needs
+# of a matrix, for compiling takes seconds; of fp32 rows PyTorch's own passes are as fast
+COMPILED_FROM_ELEMENTS = 2**20
 # programs that keep a GPU busy; fewer elements than this for one are not worth a launch's width
 MIN_PROGRAMS = 1024
 MIN_TILES = 4
@@ -98,9 +101,30 @@ def _channel_norms(matrix: Tensor, left: bool) -> Tensor:
         from memrt.kernels._triton.formed_gradient import launch_squares
 
         return torch.sum(launch_squares(channels), dim=0, out=result).sqrt_()
+    wide_rows = matrix.dtype == torch.float32 and not left
+    if not wide_rows and _is_compiled(matrix, matrix, slice(0, _piece_rows(matrix))):
+        return _compiled_norms(matrix, result, left=left)
     for rows in _pieces(channels):
         torch.linalg.vector_norm(channels[rows].float(), dim=1, out=result[rows])
     return result
+
+
+def _compiled_norms(matrix: Tensor, result: Tensor, *, left: bool) -> Tensor:
+    """The same from sums of squares, piece by piece along the memory."""
+    squares = result.zero_()
+    for rows in _pieces(matrix):
+        piece = (matrix[rows], squares if left else squares[rows], left)
+        whole = rows.stop - rows.start == _piece_rows(matrix)
+        if not (whole and _compiled_squares(*piece)):
+            _square_piece(*piece)
+    return squares.sqrt_()
+
+
+def _square_piece(matrix: Tensor, squares: Tensor, left: bool) -> None:
+    squares.add_(matrix.to(torch.float32, copy=True).square_().sum(dim=0 if left else 1))
+
+
+_compiled_squares = CompiledFunction(_square_piece)
 
 
 @_channel_norms.register_fake
@@ -193,17 +217,72 @@ def _add_channels(
     for rows in _pieces(weight):
         by_row = factors.dim() == 1 and not left
         scale = factors[rows, None] if by_row else factors
-        piece = weight[rows]
-        wide = piece.float()
-        if decay != 1.0:
-            wide.mul_(decay)
-        wide.addcmul_(gradient[rows].float(), scale, value=alpha)
-        if step is not None and rounding_key is not None:
+        target = weight[rows]
+        wide = None if step is None else torch.empty_like(target, dtype=torch.float32)
+        piece = (wide, target, gradient[rows], scale)
+        narrow = torch.float32 not in (weight.dtype, gradient.dtype)
+        compiled = narrow and _is_compiled(weight, gradient, rows)
+        if not (compiled and _add_compiled(*piece, alpha, decay)):
+            _add_piece(*piece, alpha=alpha, decay=decay)
+        if wide is not None and step is not None and rounding_key is not None:
             rounding = Rounding((rounding_key[0], rounding_key[1]), step)
             first_index = rows.start * weight.shape[1]
-            stochastic_copy_(piece, wide, rounding=rounding, first_index=first_index)
-        elif piece.dtype != torch.float32:
-            piece.copy_(wide)
+            stochastic_copy_(target, wide, rounding=rounding, first_index=first_index)
+        del wide, piece
+
+
+def _add_piece(
+    scratch: Tensor | None,
+    weight: Tensor,
+    gradient: Tensor,
+    scale: Tensor,
+    *,
+    alpha: float,
+    decay: float,
+) -> None:
+    """Into the weight itself, or into an fp32 scratch that is rounded afterwards."""
+    wide = weight.float() if scratch is None else scratch.copy_(weight)
+    if decay != 1.0:
+        wide.mul_(decay)
+    wide.addcmul_(gradient.float(), scale, value=alpha)
+    if scratch is None and wide is not weight:
+        weight.copy_(wide)
+
+
+def _add_fused(
+    scratch: Tensor | None,
+    weight: Tensor,
+    gradient: Tensor,
+    scale: Tensor,
+    alpha: Tensor,
+    decay: Tensor,
+) -> None:
+    moved = weight.float() * decay + (gradient.float() * alpha) * scale
+    (weight if scratch is None else scratch).copy_(moved)
+
+
+_compiled_add = CompiledFunction(_add_fused)
+
+
+def _add_compiled(
+    scratch: Tensor | None,
+    weight: Tensor,
+    gradient: Tensor,
+    scale: Tensor,
+    alpha: float,
+    decay: float,
+) -> bool:
+    """Whether it ran. Numbers that change between steps are tensors: each would be compiled for."""
+    numbers = (torch.tensor(number, dtype=torch.float32) for number in (alpha, decay))
+    return _compiled_add(scratch, weight, gradient, scale, *numbers)
+
+
+def _is_compiled(weight: Tensor, gradient: Tensor, rows: slice) -> bool:
+    """Whether these rows are a whole piece of matrices that are worth it."""
+    whole = rows.stop - rows.start == _piece_rows(weight)
+    dense = weight.is_contiguous() and gradient.is_contiguous()
+    large = weight.numel() >= COMPILED_FROM_ELEMENTS
+    return whole and dense and large and weight.device.type == "cpu"
 
 
 @_add_channels.register_fake

@@ -75,6 +75,39 @@ def test_norms_and_scaling_by_channel(shape: tuple[int, int], dtype: torch.dtype
             assert bool(near.all())
 
 
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "rounded stochastically"])
+def test_compiled_pieces_give_the_same_norms_and_weights(
+    form: str, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole pieces compiled, the rest eager. Where there is no C++ compiler this must not pass."""
+    monkeypatch.setattr(module, "PIECE_ELEMENTS", 1024)
+    dtype = torch.float32 if form == "float32" else torch.bfloat16
+    gradient, weight = normal(40, 64, dtype=dtype), normal(40, 64, seed=3, dtype=dtype)
+    rounding = rounding_of(7) if "rounded" in form else None
+    factors = normal(64 if left else 40, seed=2)
+
+    def found() -> tuple[Tensor, Tensor]:
+        norms, moved = channel_norms(gradient, left=left), weight.clone()
+        options: dict[str, Any] = {"alpha": -0.01, "decay": 0.999, "left": left}
+        add_channels_(moved, gradient, factors, rounding=rounding, **options)
+        return norms, moved
+
+    eager = found()
+    monkeypatch.setattr(module, "COMPILED_FROM_ELEMENTS", 2048)
+    ran = []
+    for name in ("_compiled_squares", "_compiled_add"):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, f=function: ran.append(f) or f(*a))
+    compiled = found()
+    both = 2 * (dtype is not torch.float32) + 2 * (left or dtype is not torch.float32)
+    assert len(ran) == both
+    assert not any(function.fell_back for function in ran)
+    torch.testing.assert_close(compiled[0], eager[0], rtol=64 * EPS, atol=0)
+    ulp = torch.finfo(dtype).eps
+    torch.testing.assert_close(compiled[1], eager[1], rtol=2 * ulp, atol=1e-7)
+
+
 @each_shape
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_a_bf16_weight_is_rounded_as_its_fp32_copy_would_be(
