@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 MAX_PLANS = 6
+_KEPT_FOR_OTHERS = 3
+"""Of the plans, for additions and shapes, where settings of the strategies are planned first."""
 _MAX_HALVINGS = 3
 _SHORTEST = 64
 _SMALLER_ACTIVATIONS = ("activation_checkpoint", "fused_loss")
@@ -79,7 +81,9 @@ def advise(
     shapes_are_free: bool,
 ) -> list[Remedy]:
     """What would make a plan fit that does not: more strategies, smaller shapes, another card."""
-    remedies: list[Remedy] = []
+    remedies = _leaner(planned, strategies, plan_of)
+    if any(remedy.fits for remedy in remedies):
+        return [*remedies, *card_remedy(planned)]
     ladder = rungs(
         hidden_size=hidden_size,
         max_grad_norm=max_grad_norm,
@@ -88,12 +92,29 @@ def advise(
     for adds, found in _added(strategies, _additions(planned, strategies, ladder), plan_of):
         what = "; ".join(f"{_bare(name)}: {_why(name, strategies)}" for name in adds)
         remedies.append(remedy_of(f"add {', '.join(adds)} ({what})", found))
-        if found.fits or len(remedies) == MAX_PLANS - 2:
+        if found.fits or len(remedies) >= MAX_PLANS - 2:
             break
     if shapes_are_free:
         left = MAX_PLANS - len(remedies)
         remedies += shape_remedies(planned, strategies, plan_of, max_plans=left)
     return [*remedies, *card_remedy(planned)]
+
+
+def _leaner(planned: Plan, strategies: Sequence[Strategy], plan_of: PlanOf) -> list[Remedy]:
+    """The strategies' own settings that keep less for backward, where that could be enough."""
+    remedies: list[Remedy] = []
+    for index, strategy in enumerate(strategies if _has_room(planned) else ()):
+        for changed, what in strategy.leaner():
+            if len(remedies) == MAX_PLANS - _KEPT_FOR_OTHERS:
+                return remedies
+            try:
+                found = plan_of([*strategies[:index], changed, *strategies[index + 1 :]])
+            except ValueError:  # a conflict, too
+                continue
+            remedies.append(remedy_of(f"{changed} instead of {strategy} ({what})", found))
+            if found.fits:
+                return remedies
+    return remedies
 
 
 def _additions(

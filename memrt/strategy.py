@@ -156,6 +156,13 @@ class Strategy:
         """Its part in loading one model, for a strategy to which the model's structure matters."""
         return Loading(self)
 
+    def leaner(self) -> list[tuple[Strategy, str]]:
+        """The same with settings that keep less for backward, and what each of them changes.
+
+        From the least change of training to the largest: what to try where a plan does not fit.
+        """
+        return []
+
     def attach(self, run: Session) -> Attachment:
         """Transform the model through `run` and return the runtime."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to attach")

@@ -328,8 +328,9 @@ class Join(nn.Module):
     """Brings the side's last state up to the backbone's width and joins both.
 
     "exact": H + up(S), with up starting at zero, so that the model starts as the backbone.
-    "lst": up(S). "qst": (1 - a) up(S) + a H, with a one learned number a channel and up as a
-    linear layer begins, with a bias, as in the authors' code.
+    "lst": up(S). "lst_merged": g up(S) + (1 - g) H, with g a scalar gate, 1/2 at first (the option
+    `merge_last` of the authors' code). "qst": (1 - a) up(S) + a H, with a one learned number a
+    channel and up as a linear layer begins, with a bias, as in the authors' code.
     """
 
     def __init__(
@@ -346,10 +347,11 @@ class Join(nn.Module):
         if form == "exact":
             nn.init.zeros_(self.up.weight)
             nn.init.zeros_(self.up.bias)
-        elif form == "lst":
+        elif form in ("lst", "lst_merged"):
             nn.init.normal_(self.up.weight, std=0.01)
             nn.init.zeros_(self.up.bias)
         self.mixture = nn.Parameter(torch.ones(hidden)) if form == "qst" else None
+        self.gate = Gate("scalar", side) if form == "lst_merged" else None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """The joined hidden state [..., hidden]."""
@@ -359,10 +361,18 @@ class Join(nn.Module):
         lifted: Tensor = self.up(state if self.norm is None else self.norm(state))
         if self.form == "lst":
             return lifted
-        if self.mixture is None:
+        if self.form == "exact":
             return hidden + lifted
-        share = torch.sigmoid(self.mixture)
+        share = self._share().to(lifted.dtype)
         return (1 - share) * lifted + share * hidden
+
+    def _share(self) -> Tensor:
+        """How much of the backbone's state is in the joined one, [1] or [hidden]."""
+        if self.gate is not None:
+            gate: Tensor = self.gate()
+            return 1 - gate
+        assert self.mixture is not None
+        return torch.sigmoid(self.mixture)
 
 
 class EncoderEnd(nn.Module):

@@ -8,7 +8,7 @@ side = hidden / reduction, climbs one rung:
 and at the end `hidden states + up(norm(S))` goes into the model's own head. The backbone's blocks
 run without gradients and in evaluation mode; what trains is the side network (and the task head of
 a model without a language-model head). With `start="exact"` up begins at zero, so that the model
-starts bit for bit as the backbone; "lst" and "qst" start as the papers' code does.
+starts bit for bit as the backbone; "lst", "lst_merged" and "qst" start as the papers' code does.
 
 Bytes kept for backward, in elements a token and layer: nothing of the backbone but the taps. A
 "linear" (LST) or "low_rank" (QST) tap keeps `hidden` (one byte each with `kept="float8"`),
@@ -26,18 +26,20 @@ LST: Sung et al. 2022, arXiv 2206.06522. QST, with `nf4`: Zhang et al. 2024, arX
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import nn
-
-from memrt.adapters import adapter_layers
 from memrt.kernels.ladder import KEPT
 from memrt.ladder.attach import final_norm, task_head
 from memrt.ladder.build import build_ladder, prunes
 from memrt.ladder.files import fill_side, has_ladder_files, write_ladder
+from memrt.ladder.refusals import (
+    refuse_adapters,
+    refuse_arguments,
+    refuse_leftovers,
+    require_once,
+)
 from memrt.ladder.shape import body_of, narrow_config
 from memrt.optimizer_slots import wide_moments
 from memrt.profiling.accounts import Account
@@ -48,6 +50,8 @@ from memrt.values import check_seed
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch import nn
+
     from memrt.session import Session
     from memrt.structure import Facts, LayerStack
 
@@ -56,22 +60,10 @@ __all__ = ["Ladder"]
 TAPS = ("linear", "low_rank", "pooled", "projected")
 FIXED_TAPS = ("pooled", "projected")
 GATES = ("scalar", "vector")
-STARTS = ("exact", "lst", "qst")
+STARTS = ("exact", "lst", "lst_merged", "qst")
 INITS = ("auto", "magnitude", "fisher", "principal", "random")
 ON_DATA = ("fisher", "principal")
 HEADS = ("auto", "frozen", "trained")
-# of DeBERTa, Gemma 3n, Zamba, Mllama, PEGASUS-X and XLNet
-WIDE_ARGUMENTS = frozenset(
-    {
-        "rel_embeddings",
-        "per_layer_input",
-        "original_hidden_states",
-        "cross_attention_states",
-        "global_hidden_states",
-        "output_g",
-        "r",
-    }
-)
 
 
 @register
@@ -85,7 +77,8 @@ class Ladder(Strategy):
         nothing; where there is data, "projected" lets more through.
     kept: how a linear or low-rank tap keeps the hidden state: "exact" or "float8".
     gate: "scalar" (one number a rung, as LST) or "vector" (one a channel, as QST).
-    start: "exact" (the backbone's own function), "lst" or "qst" (the papers').
+    start: "exact" (the backbone's own function), "lst", "lst_merged" (half of the backbone's output
+        and half of the side's, at first) or "qst" (the papers').
     init: the side's first weights: "magnitude" (cut out of the backbone's, the largest), "fisher"
         (those that the loss on a probe set depends on most), "principal" (its products with the
         directions in which the hidden states of a probe set lie), "random", or "auto" ("magnitude"
@@ -198,9 +191,11 @@ class Ladder(Strategy):
                 f"{kind} brings its encoder to the width of its decoder by enc_to_dec_proj, which "
                 "the side network has not; use an encoder and a decoder of one width"
             )
-        _refuse_adapters(facts)
+        refuse_adapters(facts)
+        behind = _behind(facts) if self.head == "frozen" else self.trained_head(facts)
+        refuse_leftovers(facts, behind=behind)
         for stack in stacks:
-            _require_once(facts, stack)
+            require_once(facts, stack)
             self._check_stack(facts, stack)
         if self.init in ("magnitude", *ON_DATA):
             prunes(facts, self)
@@ -236,7 +231,7 @@ class Ladder(Strategy):
                     "attention_type='original_full'"
                 )
             narrow_config(config, self.reduction)  # refuses what it cannot divide
-            _refuse_arguments(stack, config)
+            refuse_arguments(stack, config)
 
     def claims(self, facts: Facts) -> list[Claim]:
         """What trains, and the recomputation of the backbone's blocks, which have no backward."""
@@ -255,61 +250,23 @@ class Ladder(Strategy):
             return task_head(facts.model, facts.structure)
         return _behind(facts)
 
+    def leaner(self) -> list[tuple[Strategy, str]]:
+        """Blocks that are computed again, hidden states in 8 bits, then taps that keep none."""
+        found: list[tuple[Strategy, str]] = []
+        again = replace(self, checkpoint=True)
+        if not self.checkpoint:
+            found.append((again, "the same numbers; its blocks are computed again in backward"))
+        if self.taps not in FIXED_TAPS and self.kept == "exact":
+            eighth = replace(again, kept="float8")
+            found.append((eighth, "its taps keep hidden states in 8 bits"))
+        if self.taps not in FIXED_TAPS and self.init != "principal":
+            pooled = replace(again, taps="pooled", kept="exact")
+            found.append((pooled, "its taps learn nothing and keep nothing"))
+        return found
+
     def attach(self, run: Session) -> Attachment:
         """Freeze the backbone and hang the side network below it."""
         return _Ladder(self, run)
-
-
-def _refuse_adapters(facts: Facts) -> None:
-    """What is there to train must not stop training without a word."""
-    kind = type(facts.model).__name__
-    adapted = [name for name, _ in adapter_layers(facts.model)]
-    adapted += [name for name, _ in facts.model.named_children() if name == "prompt_encoder"]
-    if adapted:
-        raise ValueError(
-            f"{kind} has PEFT's adapters ({adapted[0]}, say), which the ladder would freeze; "
-            "fold them in first, model = model.merge_and_unload(), or train them without it"
-        )
-
-
-def _require_once(facts: Facts, stack: LayerStack) -> None:
-    """Blocks that a forward runs several times would be given what the ladder has joined."""
-    body, count = body_of(facts.model, stack), len(stack.layers)
-    config: Any = None if body is None else facts.model.get_submodule(body).config
-    shared = getattr(config, "num_hidden_groups", None) is not None
-    passes = config.num_hidden_layers if shared else _listed(facts.model, stack)
-    if passes > count:
-        remedy = f"num_hidden_groups={passes}" if shared else "a block of its own for each layer"
-        raise ValueError(
-            f"{type(facts.model).__name__} runs its {count} blocks of {stack.name} {passes} times "
-            "a forward, as one for several layers, and the ladder's gradients would be wrong; use "
-            f"a model with {remedy}, or another strategy, such as peft(method='lora')"
-        )
-
-
-def _listed(model: nn.Module, stack: LayerStack) -> int:
-    """How many times a stack's list names its blocks; each counts once in the stack itself."""
-    listed = model.get_submodule(stack.name)._modules.values()
-    return sum(module in stack.layers for module in listed)
-
-
-def _refuse_arguments(stack: LayerStack, config: Any) -> None:
-    """What a block is given beside the hidden state must not be as wide as the backbone.
-
-    Position biases that it does not hand on, as T5's do, are by head.
-    """
-    given = inspect.signature(stack.layers[0].forward).parameters
-    for name in sorted(WIDE_ARGUMENTS & given.keys()):
-        raise ValueError(
-            f"the blocks of {stack.name} are given {name} of the model's own width, of which the "
-            "side network's blocks can make nothing; use a model without"
-        )
-    alibi = "alibi" in given and getattr(config, "alibi", True)
-    if alibi or ("position_bias" in given and "encoder_decoder_position_bias" not in given):
-        raise ValueError(
-            f"the blocks of {stack.name} take a position bias for each of their heads (ALiBi), of "
-            "which the side network has fewer; use a model with other positions"
-        )
 
 
 def _behind(facts: Facts) -> list[str]:

@@ -217,6 +217,27 @@ def test_a_plan_that_does_not_fit_says_what_to_change(
     assert silent.report["peak_bytes"] == alone["peak_bytes"]
 
 
+def test_a_ladder_is_told_of_its_own_smaller_settings(
+    memrt: Command, model_folder: Callable[..., Path]
+) -> None:
+    words = ["plan", "--model", model_folder(), "--batch", "64", "--seq", "64", "--strategies"]
+    alone = "ladder(reduction=2)"
+    again, pooled = (
+        f"ladder(reduction=2{taps}, checkpoint=True)" for taps in ("", ", taps='pooled'")
+    )
+    bytes_of = {
+        stack: memrt(*words, stack, "--json").report["device_bytes"]["high"]
+        for stack in (alone, again, pooled)
+    }
+    assert bytes_of[pooled] < bytes_of[again] < bytes_of[alone]
+    found = memrt(*words, alone, "--gpu", bytes_of[again], "--json").report["advice"]
+    assert [remedy["fits"] for remedy in found if remedy["device_bytes"]] == [True]
+    assert found[0]["change"].startswith(f"{again} instead of {alone} (the same numbers; ")
+    assert found[0]["device_bytes"] == bytes_of[again]
+    text = memrt(*words, alone, "--gpu", bytes_of[pooled]).out
+    assert "keep nothing" in text
+
+
 def test_the_host_can_be_too_small(memrt: Command, model_folder: Callable[..., Path]) -> None:
     words = ["plan", "--model", model_folder(), *SHAPES, "--strategies", "offload_activations"]
     fits = memrt(*words, "--host", "64GiB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import memrt
 from memrt.errors import ConflictError
 from memrt.ladder.attach import CHILD
+from memrt.ladder.shape import Widths
 from memrt.packed_weights import packed_layers, unpack
 from memrt.planning import plan
 from memrt.profiling.accounts import Account
@@ -225,6 +227,22 @@ def test_the_ledger_shows_each_tap_s_bytes() -> None:
     assert float8 - pooled == states * tokens * (64 + 4)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert", "plain"])
+def test_nothing_depends_on_what_was_frozen_before(family: str) -> None:
+    """Loss and gradients have the same bits, and the backbone has none of the latter."""
+    found = []
+    for trains in (True, False):
+        model = model_of(family).requires_grad_(trains)
+        side = ladder(model, taps="linear", head="frozen")
+        torch.manual_seed(1)
+        loss = side.train_micro_batch(lambda model=model: model_loss(model, batch_of(family)))
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert gradients
+        assert all("ladder" in name for name in gradients)
+        found.append({**gradients, "loss": loss})
+    assert_equal(*found)
+
+
 def test_a_layer_keeps_what_the_paper_s_formula_says() -> None:
     """U = batch x tokens x hidden elements: a whole block keeps c, a rung 1 tap + (c + 2) / r."""
     shape: dict[str, Any] = {"hidden": 256, "intermediate_size": 688}
@@ -336,9 +354,27 @@ def test_qst_s_join_with_its_mixture_open_is_the_backbone() -> None:
     assert torch.equal(logits(model, batch_of("llama")), expected)
 
 
+@pytest.mark.parametrize("open_gate", [False, True])
+def test_lst_s_merged_join_is_the_backbone_or_the_side_at_its_ends(open_gate: bool) -> None:
+    """merge_last of the authors' code: g up(S) + (1 - g) H, at first in halves."""
+    batch = batch_of("llama")
+    model, alone = model_of("llama").eval(), model_of("llama").eval()
+    expected = logits(model, batch)
+    ladder(model, start="lst_merged")
+    gate = model.model.norm.ladder.gate
+    assert float(gate().detach()) == 0.5
+    assert gate.parameter.dtype == torch.float32
+    assert not torch.equal(logits(model, batch), expected)
+    if open_gate:
+        ladder(alone, start="lst")
+        expected = logits(alone, batch)
+    gate.parameter.data.fill_(1e6 if open_gate else -1e6)
+    assert torch.equal(logits(model, batch), expected)
+
+
 def test_qst_s_join_has_a_bias_and_starts_as_a_linear_layer_does() -> None:
-    """As in the authors' code; "exact" and "lst" have one too, of zeros."""
-    for form in ("qst", "lst", "exact"):
+    """As in the authors' code; the others have one too, of zeros."""
+    for form in ("qst", "lst", "lst_merged", "exact"):
         model = model_of("llama").eval()
         ladder(model, start=form)
         up = model.model.norm.ladder.up.requires_grad_(False)
@@ -442,6 +478,68 @@ def test_starting_weights_are_sub_matrices_along_one_set_of_channels() -> None:
         assert all(head[0] % 16 == 0 for head in heads)
         output = weights[f"{prefix}.self_attn.o_proj.weight"]
         assert torch.equal(side.self_attn.o_proj.weight, output[channels][:, rows])
+
+
+def test_heads_that_are_kept_are_the_best_of_the_best_group() -> None:
+    """Brute force, with 8 query heads for each of two key heads, of which 4 of one group stay."""
+    model = model_of(
+        "llama",
+        hidden=256,
+        intermediate_size=64,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+    )
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ladder(model, reduction=4)
+
+    def by_head(name: str, axis: int) -> Tensor:
+        norms = weights[name].abs().sum(dim=1 - axis)
+        return (norms / norms.sum()).view(-1, 16).sum(dim=1)
+
+    chosen = set()
+    for index, layer in enumerate(model.model.layers):
+        prefix, side = f"model.layers.{index}.self_attn", layer.ladder.block.self_attn
+        channels = layer.ladder.tap.weight.argmax(dim=1)
+        query = by_head(f"{prefix}.q_proj.weight", 0) + by_head(f"{prefix}.o_proj.weight", 1)
+        key = by_head(f"{prefix}.k_proj.weight", 0) + by_head(f"{prefix}.v_proj.weight", 0)
+        best = int((key + query.view(2, 8).sum(dim=1)).argmax())
+        inside = query.view(2, 8)[best].argsort(descending=True)[:4].sort().values
+        heads = [8 * best + int(head) for head in inside]
+        rows = torch.cat([torch.arange(16 * head, 16 * head + 16) for head in heads])
+        keys = torch.arange(16 * best, 16 * best + 16)
+        for name, kept in (("q", rows), ("k", keys), ("v", keys)):
+            expected = weights[f"{prefix}.{name}_proj.weight"][kept][:, channels]
+            assert torch.equal(side.get_submodule(f"{name}_proj").weight, expected), name
+        output = weights[f"{prefix}.o_proj.weight"]
+        assert torch.equal(side.o_proj.weight, output[channels][:, rows])
+        chosen.add(tuple(heads))
+    assert len(chosen) > 1  # layer by layer
+
+
+def test_side_heads_are_even_and_16_wide_or_more() -> None:
+    """Whatever divides: as wide as the backbone's where those fit, fewer in place of narrower."""
+    found = 0
+    for hidden, heads, kv_heads in itertools.product(
+        (256, 384, 768, 896, 1152, 4096, 5120, 8192), (4, 6, 8, 12, 14, 16, 32, 64), (1, 2, 4, 8)
+    ):
+        if hidden % heads or hidden // heads % 2 or heads % kv_heads:
+            continue
+        wide = Widths(hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=hidden // heads)
+        for reduction in (2, 3, 4, 8, 16):
+            try:
+                side = wide.narrowed(reduction, own_head_dim=False)
+            except ValueError as refused:
+                assert f"reduction={reduction}" in str(refused)  # noqa: PT017
+                continue
+            found += 1
+            assert side.head_dim % 2 == 0
+            assert side.head_dim >= 16
+            assert side.heads * side.head_dim == side.hidden == hidden // reduction
+            assert side.heads % side.kv_heads == 0
+            assert side.heads // side.kv_heads <= heads // kv_heads
+            if wide.head_dim >= 16 and side.hidden % wide.head_dim == 0:
+                assert side.head_dim == wide.head_dim
+    assert found > 200
 
 
 def test_pooled_taps_have_weights_that_were_made_for_them() -> None:

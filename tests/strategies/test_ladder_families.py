@@ -397,6 +397,36 @@ def only(*parts: str, build: Any = bert) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("parts", "settings"),
+    [
+        (("layer.1.", "classifier"), ""),
+        (("embeddings", "classifier"), ""),
+        (("LayerNorm",), ", head='frozen'"),
+        (("bias",), ""),
+    ],
+    ids=str,
+)
+def test_a_backbone_with_trainable_parameters_left_is_refused(
+    parts: tuple[str, ...], settings: str
+) -> None:
+    model = only(*parts)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    match = r"the backbone is frozen in part: \d+ of its parameters train .*freeze all of it"
+    with pytest.raises(ConflictError, match=match):
+        memrt.prepare(model, [f"ladder(reduction=2{settings})"])
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+def test_frozen_embeddings_below_blocks_that_train_are_no_frozen_backbone() -> None:
+    model = only("encoder", "classifier", "pooler")
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    session = memrt.prepare(model, ["ladder(reduction=2)"])
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "bert.embed" in n)
+    session.detach()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize(
+    ("parts", "settings"),
     [((), ""), (("classifier", "pooler"), ""), (("classifier",), ", head='frozen'")],
     ids=str,
 )
