@@ -14,6 +14,7 @@ from memrt.kernels import mixed_precision
 from memrt.kernels.gradient_products import gradient_squared_norm
 from memrt.kernels.projected_linear import projected_linear
 from memrt.optimizers.basis import BasisFormat
+from memrt.optimizers.formed_subspace import FormedSubspace
 from memrt.optimizers.projection import Projection
 from memrt.optimizers.subspace import Subspace
 from tests.kernels.live_bytes import LiveBytes
@@ -137,6 +138,45 @@ def test_the_exact_norm_refuses_a_second_micro_batch() -> None:
     subspace.clear()
     subspace.begin_step(1)
     subspace.accumulate(*factors((24, 40)))
+
+
+@each_shape
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_descent_in_all_directions_is_descent(shape: tuple[int, int], momentum: float) -> None:
+    """With any orthonormal basis of full rank, and rules that are linear in the gradient: P Pᵀ = I.
+
+    The reference is torch's SGD in fp64. Adam's rule is not linear: rotated it is another one.
+    """
+    noise = torch.randn(min(shape), min(shape), generator=torch.Generator().manual_seed(5))
+    basis = torch.linalg.qr(noise.double()).Q.float()
+    formed = FormedSubspace(shape, rank=5, every=3)
+    sketched = make(shape)
+    for each in (formed, sketched):
+        each.set_basis(basis)
+    plain = torch.nn.Parameter(torch.ones(shape, dtype=torch.float64))
+    optimizer = torch.optim.SGD([plain], lr=0.01, momentum=momentum)
+    ours = [torch.ones(shape), torch.ones(shape)]
+    means = [torch.zeros(each.shape) for each in (formed, sketched)]
+    moved = 0.0
+    for step in range(6):
+        rows, columns = factors(shape, seed=step)
+        plain.grad = rows.double().t() @ columns.double()
+        for each in (formed, sketched):
+            each.begin_step(step)
+        formed.receive(rows.t() @ columns)
+        sketched.accumulate(rows, columns)
+        for each, weight, mean in zip((formed, sketched), ours, means, strict=True):
+            gradient = each.gradient()
+            assert gradient is not None
+            mean.mul_(momentum).add_(gradient)
+            each.apply(weight, mean, lr=0.01)
+            each.clear()
+        optimizer.step()
+        moved += float(plain.grad.abs().max()) * 0.01 / (1 - momentum)
+    for weight in ours:
+        # two products of 32 terms and QR's own error, in fp32, of all that moved
+        limit = 4 * min(shape) * torch.finfo(torch.float32).eps * (1 + moved)
+        assert float((weight - plain).detach().abs().max()) <= limit
 
 
 def test_an_identity_basis_is_adam() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from tests.strategies.active_runs import (
     weights,
 )
 from tests.strategies.runs import assert_equal, batch_of, model_of, states
+from tests.trainer_runs import trainer_of
 
 
 def _turns(spec: str, *, count: int, family: str = "plain") -> list[int]:
@@ -137,6 +140,38 @@ def test_in_a_turn_its_block_alone_changes(family: str) -> None:
         after = weights(model)
         changed = {name for name in after if not torch.equal(after[name], before[name])}
         assert changed == names_of(model, family, active_of(run, "badam"))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_trainer_decays_matrices_by_exactly_the_rate_and_vectors_not_at_all(
+    family: str, tmp_path: Path
+) -> None:
+    """A loss of zero has gradients of zero, with which AdamW does nothing but decay."""
+
+    class Idle(memrt.Trainer):
+        def compute_loss(self, *given: Any, **options: Any) -> Any:
+            return super().compute_loss(*given, **options) * 0.0
+
+    trainer = trainer_of(
+        tmp_path,
+        family=family,
+        cls=Idle,
+        options={"strategies": ["badam(every=2, order='ascending')"]},
+        max_steps=2,
+        learning_rate=0.5,
+        lr_scheduler_type="constant",
+        weight_decay=0.25,
+    )
+    before = weights(trainer.model)
+    trainer.train()
+    after = weights(trainer.model)
+    in_turn = names_of(trainer.model, family, [0])
+    assert {before[name].ndim for name in in_turn} == {1, 2}
+    for name, weight in before.items():
+        decays = name in in_turn and weight.ndim > 1
+        expected = weight * (1 - 0.5 * 0.25) ** 2 if decays else weight
+        rtol = 2 * torch.finfo(torch.float32).eps if decays else 0.0
+        torch.testing.assert_close(after[name], expected, rtol=rtol, atol=0.0, msg=name)
 
 
 def test_with_one_block_it_is_adamw_bit_for_bit() -> None:

@@ -135,9 +135,8 @@ def _gradients_after(model: nn.Module, stack: list[str], change: Any) -> Any:
     return float(loss), {n: p.grad.float() for n, p in trained.items() if p.grad is not None}
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_equals_peft_and_bitsandbytes_in_transformers_trainer(tmp_path: Path) -> None:
-    """The whole training: transformers' Trainer over bitsandbytes' 4-bit model and PEFT's wrapper.
+def _peft_over_bitsandbytes(folder: Path) -> tuple[nn.Module, nn.Module]:
+    """transformers' own 4-bit model in PEFT's wrapper, and memrt's packed from the same files.
 
     Widths are multiples of 64, where bitsandbytes' CPU kernel is right.
     """
@@ -146,13 +145,13 @@ def test_equals_peft_and_bitsandbytes_in_transformers_trainer(tmp_path: Path) ->
     config = transformers.LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_attention_heads=4,
         vocab_size=99,
         use_cache=False,
     )
     torch.manual_seed(5)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
     quantised = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -160,16 +159,54 @@ def test_equals_peft_and_bitsandbytes_in_transformers_trainer(tmp_path: Path) ->
         bnb_4bit_compute_dtype=torch.float32,
     )
     base = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", quantization_config=quantised, device_map="cpu", dtype=torch.float32
+        folder, quantization_config=quantised, device_map="cpu", dtype=torch.float32
     )
     theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear"))
-    ours = memrt.load(tmp_path / "base", ["nf4"], dtype=torch.float32)
-    options = {"learning_rate": 1e-2, "max_steps": 6}
-    start = {
-        name.removeprefix("base_model.model."): parameter.detach().clone()
+    return theirs, memrt.load(folder, ["nf4"], dtype=torch.float32)
+
+
+def _adapters(theirs: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by the names that memrt gives it."""
+    return {
+        name.removeprefix("base_model.model."): parameter
         for name, parameter in theirs.named_parameters()
         if parameter.requires_grad
     }
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_every_gradient_is_that_of_peft_over_bitsandbytes(tmp_path: Path) -> None:
+    theirs, ours = _peft_over_bitsandbytes(tmp_path)
+    adapters = _adapters(theirs.train())
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in adapters.values():  # B is not zero, so that A has a gradient
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    session = memrt.prepare(ours.train(), ["nf4", "peft(rank=4, alpha=8)"])
+    trained = {name: p for name, p in ours.named_parameters() if p.requires_grad}
+    assert trained.keys() == adapters.keys()
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(adapters[name])
+    batch = tiny_batches("llama")[0]
+    loss = session.train_micro_batch(lambda: model_loss(ours, batch))
+    expected = model_loss(theirs, batch)
+    expected.backward()
+    # sums in another order, over the depth of the model
+    assert float(loss) == pytest.approx(float(expected), rel=4 * torch.finfo(torch.float32).eps)
+    found = {name: p.grad for name, p in trained.items() if p.grad is not None}
+    wanted = {name: p.grad for name, p in adapters.items() if p.grad is not None}
+    assert len(found) == 2 * 7 * 3
+    distances = errors(found, wanted)
+    assert max(distances.values()) <= 64 * torch.finfo(torch.float32).eps, distances
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_equals_peft_and_bitsandbytes_in_transformers_trainer(tmp_path: Path) -> None:
+    """The whole training, with transformers' Trainer over their model."""
+    theirs, ours = _peft_over_bitsandbytes(tmp_path / "base")
+    options = {"learning_rate": 1e-2, "max_steps": 6}
+    start = {name: parameter.detach().clone() for name, parameter in _adapters(theirs).items()}
     expected = transformers.Trainer(
         model=theirs,
         args=arguments(tmp_path / "theirs", cls=transformers.TrainingArguments, **options),
