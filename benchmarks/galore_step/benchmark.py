@@ -51,7 +51,17 @@ from benchmarks.step_times import (
     timed,
 )
 
-__all__ = ["CLAIM", "DEFAULTS", "GOAL", "TINY", "measure", "run", "summarise"]
+__all__ = [
+    "CLAIM",
+    "DEFAULTS",
+    "GOAL",
+    "NEVER",
+    "TINY",
+    "authors_optimizer",
+    "measure",
+    "run",
+    "summarise",
+]
 
 CLAIM = (
     "On one sequence of 256 tokens a step with galore, refreshes included, takes at most half of "
@@ -106,7 +116,10 @@ def _ours(model: nn.Module, form: str, *, every: int, rank: int) -> Step:
     return session_step(memrt.prepare(model, [strategy], **ADAMW))
 
 
-def _authors(model: nn.Module, *, every: int, rank: int) -> Step:
+def authors_optimizer(
+    model: nn.Module, *, every: int, rank: int, settings: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """galore-torch's AdamW over a model, its layers' linear weights projected as in the paper."""
     from galore_torch import GaLoreAdamW
 
     projected = [
@@ -118,7 +131,8 @@ def _authors(model: nn.Module, *, every: int, rank: int) -> Step:
     rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     low_rank = {"rank": rank, "update_proj_gap": every, "scale": 0.25, "proj_type": "std"}
     groups = [{"params": rest}, {"params": projected, **low_rank}]
-    return _plain(model, GaLoreAdamW(groups, no_deprecation_warning=True, **ADAMW))
+    made: torch.optim.Optimizer = GaLoreAdamW(groups, no_deprecation_warning=True, **settings)
+    return made
 
 
 def _step(
@@ -128,7 +142,7 @@ def _step(
     if label == BASE:
         return _plain(model, torch.optim.AdamW(model.parameters(), fused=True, **ADAMW))
     if label == PEER:
-        return _authors(model, every=NEVER, rank=rank)
+        return _plain(model, authors_optimizer(model, every=NEVER, rank=rank, settings=ADAMW))
     form = "gradient_free" if label == OURS else "plain"
     return _ours(model, form, every=NEVER, rank=rank)
 

@@ -14,8 +14,8 @@ afterwards. A peer that is not installed is left out, and its part of the goal i
 
 What that is of a whole step is measured too, and not judged: forward, backward and update of a
 Llama of random weights on the same ids (`whole_steps.py`), in processor time with torch on one
-thread, beside torchao's 8-bit and 4-bit AdamW as well. The fewer the tokens of a step, the more the
-update weighs.
+thread, beside torchao's 8-bit and 4-bit AdamW as well, and GaLore, galore-torch's and memrt's, with
+its refreshes. The fewer the tokens of a step, the more the update weighs.
 
 Goal: the median FP8 step is at most that of bitsandbytes and 2.5 × torchao's, in either dtype.
 """
@@ -56,6 +56,8 @@ DEFAULTS: dict[str, Any] = {
     "cases": [{"size": "0.03B", "tokens": 128}, {"size": "0.03B", "tokens": 512}],
     "sequence_length": 256,
     "whole_steps": 8,
+    "rank": 128,
+    "every": 200,
 }
 TINY: dict[str, Any] = {
     "num_parameters": 2,
@@ -65,6 +67,7 @@ TINY: dict[str, Any] = {
     "cases": [{"size": "tiny", "layers": 1, "tokens": 16}],
     "sequence_length": 16,
     "whole_steps": 2,
+    "rank": 8,
 }
 
 

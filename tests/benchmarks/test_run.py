@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,17 +126,36 @@ def test_whole_steps_are_timed_beside_those_of_others(results: dict[str, dict[st
     record = results["optimizer_step"]
     found = record["summary"]["whole steps"]
     assert set(found) == {f"1 layer of tiny, 16 tokens, {d}" for d in ("float32", "bfloat16")}
-    for rows in found.values():
-        assert {"torch fused", "bitsandbytes 8-bit", *whole_steps.FORMATS} <= set(rows)
+    names = {*whole_steps.FORMATS, *whole_steps.GALORE}
+    for name, rows in found.items():
+        assert {"torch fused", "bitsandbytes 8-bit", *names} <= set(rows)
         for row in rows.values():
             assert 0 < row["update_seconds"]["median"] < row["whole_seconds"]["median"]
         assert rows["torch fused"]["ratio_to_torch_fused"]["median"] == 1
-        held = {label: rows[label]["state_bytes_per_parameter"] for label in whole_steps.FORMATS}
+        held = {label: row["state_bytes_per_parameter"] for label, row in rows.items()}
         assert held["memrt int4"] < min(held["memrt int8"], held["memrt fp8"]) < 3
+        authors, ours = (held[label] for label in whole_steps.GALORE)
+        # theirs are in the dtype of the gradient
+        assert ours == pytest.approx(authors if "float32" in name else 2 * authors, rel=0.05)
     table = whole_steps.markdown(record)
     assert table.count("| memrt fp8 |") == len(found)
     old = {**record, "summary": record["summary"]["updates"]}
     assert "updates alone" in whole_steps.markdown(old)
+
+
+def test_whole_steps_of_galore_are_charged_with_their_refreshes(
+    results: dict[str, dict[str, Any]],
+) -> None:
+    measured = [each for each in results["optimizer_step"]["repetitions"] if "variants" in each]
+    assert len(measured) == 2
+    for each in measured:
+        rows = whole_steps.summarise(each)
+        for label, times in each["variants"].items():
+            for index, kind in enumerate(("whole_seconds", "update_seconds")):
+                expected = later = statistics.median(times[kind])
+                if label in whole_steps.GALORE:
+                    expected += (times["first_seconds"][index] - later) / each["every"]
+                assert rows[label][kind]["median"] == pytest.approx(expected)
 
 
 def test_a_ladder_keeps_less_than_checkpointing(results: dict[str, dict[str, Any]]) -> None:
