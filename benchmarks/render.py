@@ -83,11 +83,18 @@ def results_table(folder: Path) -> str:
 
 
 def _tables(name: str, markdown: Callable[[Mapping[str, Any]], str]) -> Callable[[Path], str]:
-    """Makes the tables of all results of that name."""
+    """Makes the tables of all results of that name, one after another."""
+    return _table(name, lambda found: "\n\n".join(map(markdown, found)))
+
+
+def _table(
+    name: str, markdown: Callable[[Sequence[Mapping[str, Any]]], str]
+) -> Callable[[Path], str]:
+    """Makes one table of all results of that name."""
 
     def make(folder: Path) -> str:
         found = [record for _, record in records(folder) if record["name"] == name]
-        return "\n\n".join(map(markdown, found)) or NONE
+        return markdown(found) if found else NONE
 
     return make
 
@@ -95,7 +102,7 @@ def _tables(name: str, markdown: Callable[[Mapping[str, Any]], str]) -> Callable
 _MADE = {
     "results": results_table,
     "sst2": _tables("sst2", sst2_table.markdown),
-    "quality": _tables("quality", quality_table.markdown),
+    "quality": _table("quality", quality_table.markdown),
     "quality-why": _tables("quality_why", why.markdown),
     "quality-speeds": _tables("quality_speeds", speeds.markdown),
     "whole-steps": _tables("optimizer_step", whole_steps.markdown),

@@ -25,34 +25,42 @@ def row_of(method: str, loss: float, above: float | None) -> dict[str, Any]:
     }
 
 
-def test_every_task_has_a_table_that_says_what_is_missing() -> None:
-    most = list(METHODS)[:-1]
-    record = {
-        "conditions": {
-            "cpu": "a processor",
-            "configuration": {"steps": 150, "proxy_steps": 40},
-        },
-        "summary": {
-            "base_evaluation_loss": {"gsm8k": 8.5, "wikitext2": 4.75},
-            "rows": [
-                *(row_of(name, 4.25 if name == "galore" else 4.0, 0.25) for name in most),
-                {**row_of("adamw", 4.0, 0.0), "task": "wikitext2"},
-            ],
-        },
+def record_of(cpu: str, base: dict[str, float], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "conditions": {"cpu": cpu, "configuration": {"steps": 150, "proxy_steps": 40}},
+        "summary": {"base_evaluation_loss": base, "rows": rows},
     }
-    first, second = markdown(record).split("**wikitext2**")
-    assert "150 steps after 40" in first
-    assert "the base's own loss is 8.500 (trained and continued on a processor)" in first
-    cells = [line.split(" | ") for line in first.splitlines() if line.startswith("| galore |")]
-    assert cells == [
+
+
+def test_every_task_has_one_table_of_all_bases_that_says_what_is_missing() -> None:
+    most = list(METHODS)[:-2]
+    one = record_of(
+        "a processor",
+        {"gsm8k": 8.5, "wikitext2": 4.75},
         [
-            *("| galore", "4.250", "+0.250", "0.001 (0.0003: 5.250, 0.001: 4.125, 0.003: none)"),
-            *("3", "2", "0", "0", "1", "0 |"),
-        ]
+            *(row_of(name, 4.25 if name == "galore" else 4.0, 0.25) for name in most),
+            {**row_of("adamw", 4.0, 0.0), "task": "wikitext2"},
+        ],
+    )
+    late = list(METHODS)[-2]
+    other = record_of(
+        "another", {"gsm8k": 8.25}, [row_of(late, 3.75, -0.25), row_of("adamw", 4.0, 0.0)]
+    )
+    first, second = markdown([one, other]).split("**wikitext2**")
+    assert "150 steps after 40" in first
+    assert "base A, 8.500 itself (trained and continued on a processor)" in first
+    assert "base B, 8.250 itself (trained and continued on another)" in first
+    cells = [line.split(" | ") for line in first.splitlines() if line.startswith("| galore |")]
+    rate = "0.001 (0.0003: 5.250, 0.001: 4.125, 0.003: none)"
+    assert cells == [
+        ["| galore", "A", "4.250", "+0.250", rate, *("3", "2", "0", "0", "1", "0 |")],
     ]
+    assert f"| {late} | B | 3.750 | -0.250 |" in first
+    baselines = [line[:14] for line in first.splitlines() if line.startswith("| adamw |")]
+    assert baselines == ["| adamw | A | ", "| adamw | B | "]
     assert first.strip().endswith(f"Not in this result: {list(METHODS)[-1]}.")
-    assert "4.750" in second
-    assert second.endswith(f"1 of {len(METHODS)} methods, compared with AdamW from their base.")
+    assert "base A, 4.750" in second
+    assert "base B" not in second
 
 
 def test_speeds_are_beside_adamws_of_the_same_round() -> None:
