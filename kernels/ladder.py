@@ -12,6 +12,9 @@ Bytes kept for backward: H for dW (the *tap*: tokens · hidden elements; with ``
 byte each and 4 a token, E4M3 with a scale a token, so that only dW is rounded), and S - D
 (tokens · side) instead of S and D.
 
+In Triton H is read once, and so are dZ and S - D in backward (`memrt.kernels.ladder_gradients`); dW
+is PyTorch's product.
+
 Source: the ladder of LST (arXiv 2206.06522); the reading in one operator is memrt's.
 """
 
@@ -24,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memrt.kernels.dispatch import uses_triton
+from memrt.kernels.ladder_gradients import flat_of, mix_gradients
 from memrt.kernels.mixed_precision import block_rows, product_dtype
 from memrt.profiling.ledger import register_workspace
 
@@ -193,16 +197,19 @@ def _down_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _down_backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     tap, scales, difference, gate = ctx.saved_tensors
+    dtype, sums = ctx.weight_dtype, ctx.has_bias and ctx.needs_input_grad[2]
     with torch.autocast(gradient.device.type, enabled=False):
-        d_state, d_down, d_gate = _mix_gradients(
-            gradient, difference, gate, ctx.needs_input_grad[3]
-        )
-        flat = d_down.reshape(-1, d_down.shape[-1]).to(ctx.weight_dtype)  # [tokens, side]
+        d_state = d_gate = None
+        if gate is None:
+            d_down = gradient.to(dtype)
+            d_bias = d_down.flatten(0, -2).sum(dim=0, dtype=torch.float32) if sums else None
+        else:
+            d_state, d_down, d_gate, d_bias = mix_gradients(
+                gradient, difference, gate, ctx.needs_input_grad[3], dtype, sums
+            )
+        flat = d_down.reshape(-1, d_down.shape[-1])  # [tokens, side]
         d_weight = None if tap is None else _weight_gradient(flat, tap, scales)
-        d_bias = None
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            d_bias = flat.sum(dim=0, dtype=torch.float32).to(ctx.weight_dtype)
-    return None, d_weight, d_bias, d_state, d_gate, None
+    return None, d_weight, None if d_bias is None else d_bias.to(dtype), d_state, d_gate, None
 
 
 def _weight_gradient(flat: Tensor, tap: Tensor, scales: Tensor | None) -> Tensor:
@@ -227,7 +234,15 @@ torch.library.register_autograd("memrt::ladder_down", _down_backward, setup_cont
 @torch.library.custom_op("memrt::ladder_mix", mutates_args=())
 def _mix(down: Tensor, state: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Z and S - D."""
-    return _mixed(down, state, gate), state - down
+    if not uses_triton(state):
+        return _mixed(down, state, gate), state - down
+    from memrt.kernels._triton.ladder import launch_mix
+
+    before = flat_of(state)
+    mixed = torch.empty_like(before)
+    difference = torch.empty_like(before, dtype=torch.promote_types(down.dtype, state.dtype))
+    launch_mix(flat_of(down), before, gate, mixed, difference)
+    return mixed.view(state.shape), difference.view(state.shape)
 
 
 @_mix.register_fake
@@ -237,7 +252,9 @@ def _(down: Tensor, state: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mix_workspace_bytes(down: Tensor, state: Tensor, gate: Tensor) -> int:
-    return 0 if down.dtype == state.dtype else state.numel() * state.element_size()
+    if down.dtype == state.dtype or uses_triton(state):
+        return 0
+    return state.numel() * state.element_size()
 
 
 register_workspace("memrt::ladder_mix", _mix_workspace_bytes)
@@ -253,25 +270,10 @@ def _mix_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _mix_backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     difference, gate = ctx.saved_tensors
     with torch.autocast(gradient.device.type, enabled=False):
-        d_state, d_down, d_gate = _mix_gradients(
-            gradient, difference, gate, ctx.needs_input_grad[1]
+        d_state, d_down, d_gate, _sums = mix_gradients(
+            gradient, difference, gate, ctx.needs_input_grad[1], ctx.down_dtype, False
         )
-    return d_down.to(ctx.down_dtype) if ctx.needs_input_grad[0] else None, d_state, d_gate
-
-
-def _mix_gradients(
-    gradient: Tensor, difference: Tensor | None, gate: Tensor | None, needs_state: bool
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """dS, dD and dg."""
-    if gate is None:
-        return None, gradient, None
-    opened = gate.to(gradient.dtype)
-    d_gate = None
-    if difference is not None:
-        per_channel = (gradient * difference).flatten(0, -2).sum(dim=0, dtype=torch.float32)
-        d_gate = per_channel if gate.numel() > 1 else per_channel.sum().view(gate.shape)
-        d_gate = d_gate.to(gate.dtype)
-    return (gradient * opened if needs_state else None), gradient * (1 - opened), d_gate
+    return d_down if ctx.needs_input_grad[0] else None, d_state, d_gate
 
 
 torch.library.register_autograd("memrt::ladder_mix", _mix_backward, setup_context=_mix_context)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from memrt.kernels.ladder import _down, _mix, ladder_down, ladder_mix, ladder_reference
+from memrt.kernels.ladder_gradients import _gradients, _gradients_workspace_bytes
+from tests.kernels.live_bytes import LiveBytes
 
 HIDDEN, SIDE = 40, 10
 Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
@@ -173,6 +175,25 @@ def test_the_operators_pass_opcheck(float8: bool) -> None:
     torch.library.opcheck(_down, (hidden, weight, None, None, None, float8), test_utils=checks)
     down = torch.randn_like(state).requires_grad_()
     torch.library.opcheck(_mix, (down, state, gate), test_utils=checks)
+    gradient, difference = (value.detach() for value in (down, state))
+    for given in (
+        (gradient, difference, gate, True, torch.bfloat16, float8),
+        (gradient, None, gate, False, torch.float32, float8),
+    ):
+        torch.library.opcheck(_gradients, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_workspace_of_backward_is_what_the_body_allocates() -> None:
+    _, _, _, state, gate = inputs(4, 8, dtype=torch.bfloat16)
+    for difference, dtype in ((state.float(), torch.float32), (None, torch.float32), (state, None)):
+        given = (state, difference, gate, True, dtype or torch.bfloat16, True)
+        held = [value for value in given if isinstance(value, Tensor)]
+        with LiveBytes(held) as seen:
+            left = _gradients._init_fn(*given)
+        outputs = sum(value.numel() * value.element_size() for value in left)
+        declared = _gradients_workspace_bytes(*given)
+        small = 16 * SIDE  # the gate in another dtype, and one less it
+        assert seen.peak_bytes <= outputs + declared + small
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""The Triton kernel of a ladder's rung: interpreted on the CPU, and compiled for four GPUs."""
+"""The Triton kernels of a ladder's rung: interpreted on the CPU, and compiled for four GPUs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memrt.kernels.ladder import ladder_down, ladder_reference
+from memrt.kernels.ladder_gradients import strips_of
 from tests.kernels.aot import ARCHITECTURES, SHARED_LIMIT_BYTES, compile_ahead
 from tests.kernels.interpreter import call_interpreted
 
@@ -17,6 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 # 8 warps of 128 registers a thread leave room for 2 programs on a multiprocessor
 MAX_REGISTERS = 128
+MIX_TOKENS = 16  # of the launchers
 TENSORS = ("hidden_ptr", "weight_ptr", "bias_ptr", "state_ptr", "mixed_ptr", "difference_ptr")
 
 
@@ -92,6 +94,130 @@ def test_it_compiles_for_every_architecture_without_spills(
             "BLOCK_HIDDEN": 32 if dtype == "bf16" else 16,
         },
         num_warps=8,
+    )
+    assert set(found) == set(ARCHITECTURES)
+    for architecture, resources in found.items():
+        record_property(f"sm_{architecture}", str(resources))
+        assert resources.spill_bytes == 0, resources
+        assert resources.shared_bytes <= SHARED_LIMIT_BYTES[architecture], resources
+        assert resources.registers <= MAX_REGISTERS, resources
+
+
+def mix_call(
+    tokens: int, side: int, dtype: torch.dtype, *, vector: bool, wide: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Arguments of the launcher of gate and sum alone, with outputs that are poisoned."""
+    generator = torch.Generator().manual_seed(tokens + side)
+    down, state = (torch.randn(tokens, side, generator=generator) for _ in range(2))
+    poisoned = torch.full((tokens, side), float("nan"))
+    return {
+        "down": down.to(wide or dtype),
+        "state": state.to(dtype),
+        "gate": torch.rand(side if vector else 1, generator=generator),
+        "mixed": poisoned.clone().to(dtype),
+        "difference": poisoned.clone().to(torch.promote_types(wide or dtype, dtype)),
+    }
+
+
+def test_the_interpreted_mix_is_as_close_to_fp64_as_the_reference() -> None:
+    calls = [
+        mix_call(1, 10, torch.float32, vector=False),
+        mix_call(67, 72, torch.float16, vector=True),
+        mix_call(40, 16, torch.float16, vector=True, wide=torch.float32),
+    ]
+    calls.append({**mix_call(5, 16, torch.float32, vector=False), "gate": torch.ones(1)})
+    found = call_interpreted("memrt.kernels._triton.ladder:launch_mix", calls)
+    for call, left in zip(calls, found, strict=True):
+        down, state, gate = (call[name].double() for name in ("down", "state", "gate"))
+        eps = torch.finfo(call["state"].dtype).eps
+        truth = gate * state + (1 - gate) * down
+        size = down.norm() + state.norm()
+        assert (left["mixed"].double() - truth).norm() <= eps * size
+        assert (left["difference"].double() - (state - down)).norm() <= eps * size
+    assert torch.equal(found[-1]["mixed"], calls[-1]["state"])
+
+
+def gradients_call(
+    tokens: int, side: int, dtype: torch.dtype, *, vector: bool, asked: tuple[bool, bool, bool]
+) -> dict[str, Any]:
+    """Arguments of the backward launcher; `asked`: for dS, for dg, for the sum of dD."""
+    generator = torch.Generator().manual_seed(tokens + side)
+    gradient, difference = (torch.randn(tokens, side, generator=generator) for _ in range(2))
+    poisoned = torch.full((tokens, side), float("nan"), dtype=dtype)
+    sums = torch.full((strips_of(tokens)[0], side), float("nan"))
+    has_state, has_gate, has_sums = asked
+    return {
+        "gradient": gradient.to(dtype),
+        "difference": difference.to(dtype) if has_gate else None,
+        "gate": torch.rand(side if vector else 1, generator=generator),
+        "d_state": poisoned.clone() if has_state else None,
+        "d_down": poisoned.clone(),
+        "gate_sums": sums.clone() if has_gate else None,
+        "down_sums": sums.clone() if has_sums else None,
+    }
+
+
+def test_the_interpreted_backward_is_as_close_to_fp64_as_the_reference() -> None:
+    """One strip and several, an uneven last one, and whatever nobody asks for left out."""
+    everything, least = (True, True, True), (False, False, False)
+    calls = [
+        gradients_call(1, 10, torch.float32, vector=False, asked=everything),
+        gradients_call(67, 72, torch.float32, vector=True, asked=everything),
+        gradients_call(67, 16, torch.float16, vector=True, asked=everything),
+        gradients_call(40, 16, torch.float32, vector=False, asked=least),
+        gradients_call(40, 16, torch.float32, vector=False, asked=(False, True, False)),
+    ]
+    found = call_interpreted("memrt.kernels._triton.ladder:launch_gradients", calls)
+    for call, left in zip(calls, found, strict=True):
+        gradient, gate, eps = call["gradient"].double(), call["gate"].double(), 2**-24
+        narrow = torch.finfo(call["gradient"].dtype).eps
+        expected = {"d_down": gradient * (1 - gate)}
+        if call["d_state"] is not None:
+            expected["d_state"] = gradient * gate
+        for name, truth in expected.items():
+            assert (left[name].double() - truth).norm() <= 2 * narrow * gradient.norm(), name
+        if call["down_sums"] is not None:
+            truth = left["d_down"].double().sum(dim=0)  # of what was written, rounded
+            limit = 64 * eps * left["d_down"].double().abs().sum(dim=0) + 1e-30
+            assert bool(((left["down_sums"].double().sum(dim=0) - truth).abs() <= limit).all())
+        if call["gate_sums"] is not None:
+            terms = gradient * call["difference"].double()
+            error = (left["gate_sums"].double().sum(dim=0) - terms.sum(dim=0)).abs()
+            assert bool((error <= 64 * eps * terms.abs().sum(dim=0) + 1e-30).all())
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 31, 32, 33, 4095, 4096, 4097, 10**6])
+def test_strips_cover_all_tokens_once(num_tokens: int) -> None:
+    strips, length = strips_of(num_tokens)
+    assert 1 <= strips <= 128
+    assert length % 32 == 0
+    assert (strips - 1) * length < max(1, num_tokens) <= strips * length
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("kernel", ["ladder_mix_kernel", "ladder_gradients_kernel"])
+def test_gate_and_sum_compile_for_every_architecture_without_spills(
+    kernel: str, dtype: str, record_property: Callable[[str, object], None]
+) -> None:
+    tensors = ("down_ptr", "state_ptr", "mixed_ptr", "difference_ptr")
+    numbers: tuple[str, ...] = ("num_tokens", "side")
+    constants: dict[str, Any] = {"SCALAR_GATE": False, "BLOCK_TOKENS": MIX_TOKENS, "BLOCK_SIDE": 64}
+    sums: dict[str, str] = {}
+    if kernel == "ladder_gradients_kernel":
+        tensors = ("gradient_ptr", "difference_ptr", "d_state_ptr", "d_down_ptr")
+        sums = {"gate_sums_ptr": "*fp32", "down_sums_ptr": "*fp32"}
+        numbers = (*numbers, "strip")
+        constants |= {"HAS_STATE": True, "HAS_GATE": True, "HAS_SUMS": True}
+    found = compile_ahead(
+        f"memrt.kernels._triton.ladder:{kernel}",
+        {
+            **dict.fromkeys(tensors, f"*{dtype}"),
+            "gate_ptr": "*fp32",
+            **sums,
+            **dict.fromkeys(numbers, "i32"),
+        },
+        constants,
+        num_warps=4,
     )
     assert set(found) == set(ARCHITECTURES)
     for architecture, resources in found.items():
