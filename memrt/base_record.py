@@ -6,8 +6,10 @@
 
 The hash is that of a ladder's backbone (`memrt.ladder.files`): SHA-256 over what every precision
 keeps, the embeddings, norms and biases, rounded to bfloat16. What trained beside the adapters is
-left out, by name; what is frozen of a task's head, which each load may draw anew, is in. A folder
-without the file, such as PEFT writes, loads as it always did.
+left out, by name; what is frozen of a task's head, which each load may draw anew, is in. float16
+rounds to other numbers on its way to bfloat16, so that where either base is in float16 and the hash
+differs, sums of the same tensors are compared (`Lasting`). A folder without the file, such as PEFT
+writes, loads as it always did.
 
 The weights of the blocks differ in bits between precisions; of each are kept a few sums, compared
 within what rounding does (`memrt.weight_sums`). Left out: what trained, PEFT's starts that change
@@ -33,7 +35,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memrt.adapters import task_heads
+from memrt.base_parts import (
+    copied_names,
+    embedding_ids,
+    head_names,
+    inner_model,
+    lasting_parameters,
+    lasts,
+    own_parameters,
+    trained_names,
+)
 from memrt.head_config import HeadConfig
 from memrt.packed_weights import packed_layers
 from memrt.structure import discover
@@ -42,10 +53,13 @@ from memrt.weight_sums import checked_sums, sums_differ, weight_sums
 __all__ = [
     "BASE_NAME",
     "BaseRecord",
+    "Lasting",
     "base_hash",
+    "base_lasting",
     "base_record",
     "base_weights",
     "changed_weight",
+    "is_base",
     "lasting_names",
     "require_base",
     "require_base_tensors",
@@ -56,6 +70,48 @@ BASE_NAME = "memrt_base.json"
 _VERSION = 1
 _PIECE_ELEMENTS = 1 << 24
 _DENSE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lasting:
+    """What a base's hash is of, again: sums of every tensor, and whether any is in float16.
+
+    Sums tell tensors apart that differ by 0.4 % of their norm (`memrt.weight_sums`), where float16
+    rounds by 0.15 %; the hash, which tells everything, is asked first.
+    """
+
+    sums: Mapping[str, str] = field(default_factory=dict)
+    is_half: bool = False
+
+    @classmethod
+    def of(cls, tensors: Iterable[tuple[str, Callable[[], Tensor]]]) -> Lasting:
+        """Sums of these, in one pass."""
+        sums, is_half = {}, False
+        for name, make in tensors:
+            tensor = make()
+            is_half = is_half or tensor.dtype is torch.float16
+            sums[name] = weight_sums(tensor, packed=False)
+        return cls(sums=sums, is_half=is_half)
+
+    @classmethod
+    def from_json(cls, values: Any) -> Lasting:
+        """What `to_json` gave; `ValueError` where it is not that."""
+        if not isinstance(values, dict) or not isinstance(values.get("float16"), bool):
+            raise ValueError(f"lasting={values!r}")
+        return cls(sums=checked_sums(values.get("sums")), is_half=values["float16"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"float16": self.is_half, "sums": dict(self.sums)}
+
+    def agrees(self, tensors: Iterable[tuple[str, Callable[[], Tensor]]]) -> bool:
+        """Whether float16 explains that a hash of these is another."""
+        if not self.sums:
+            return False
+        found = Lasting.of(tensors)
+        if not (self.is_half or found.is_half) or found.sums.keys() != self.sums.keys():
+            return False
+        return not any(sums_differ(self.sums[name], sums) for name, sums in found.sums.items())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +129,7 @@ class BaseRecord:
     """Of a classifier: what its config says of the head, which a base may know nothing of."""
     weights: Mapping[str, str] = field(default_factory=dict)
     """Of each weight of the blocks: dense or packed, count, norm and sums."""
+    lasting: Lasting = field(default_factory=Lasting)
 
     def write(self, folder: Path) -> None:
         """Beside the adapters."""
@@ -87,6 +144,8 @@ class BaseRecord:
             values["head_config"] = self.head_config.to_json()
         if self.weights:
             values["weights"] = dict(self.weights)
+        if self.lasting.sums:
+            values["lasting"] = self.lasting.to_json()
         (folder / BASE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -98,7 +157,7 @@ class BaseRecord:
         try:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             version, fingerprint = values["version"], str(values["base"])
-            said = values.get("head_config")
+            said, lasting = values.get("head_config"), values.get("lasting")
             found = cls(
                 model=str(values["model"]),
                 fingerprint=fingerprint,
@@ -106,6 +165,7 @@ class BaseRecord:
                 head=tuple(map(str, values.get("head", ()))),
                 head_config=None if said is None else HeadConfig.from_json(said),
                 weights=checked_sums(values.get("weights", {})),
+                lasting=Lasting() if lasting is None else Lasting.from_json(lasting),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); copy it again") from error
@@ -129,10 +189,10 @@ class BaseRecord:
 
 def base_record(model: nn.Module) -> BaseRecord:
     """Of a model, with or without adapters in it."""
-    model = _inner(model)
-    changed = {*_trained(model), *_copied(model)}
-    head = tuple(name for name in _head_names(model) if name not in changed)
-    lasting = dict(_lasting(model, head))
+    model = inner_model(model)
+    changed = {*trained_names(model), *copied_names(model)}
+    head = tuple(name for name in head_names(model) if name not in changed)
+    lasting = dict(lasting_parameters(model, head))
     left_out = sorted(changed & lasting.keys())
     return BaseRecord(
         model=type(model).__name__,
@@ -141,7 +201,27 @@ def base_record(model: nn.Module) -> BaseRecord:
         head=head,
         head_config=HeadConfig.of(model),
         weights=base_weights(model, left_out={*changed, *head}),
+        lasting=Lasting.of(_in_memory(lasting, left_out)),
     )
+
+
+def is_base(
+    model: nn.Module,
+    fingerprint: str,
+    lasting: Lasting,
+    *,
+    left_out: Collection[str],
+    head: Collection[str] = (),
+) -> bool:
+    """Whether a loaded model has the hash, or would have it but for float16."""
+    if base_hash(model, left_out=left_out, head=head) == fingerprint:
+        return True
+    return lasting.agrees(_in_memory(dict(lasting_parameters(model, head)), left_out))
+
+
+def base_lasting(model: nn.Module, *, left_out: Collection[str]) -> Lasting:
+    """Sums of what `base_hash` is of."""
+    return Lasting.of(_in_memory(dict(lasting_parameters(model)), left_out))
 
 
 def base_hash(model: nn.Module, *, left_out: Collection[str], head: Collection[str] = ()) -> str:
@@ -149,7 +229,7 @@ def base_hash(model: nn.Module, *, left_out: Collection[str], head: Collection[s
 
     `head`: parameters that are taken in, whatever they are.
     """
-    return _digest(_in_memory(dict(_lasting(model, head)), left_out))
+    return _digest(_in_memory(dict(lasting_parameters(model, head)), left_out))
 
 
 def require_base(model: nn.Module, folder: str | Path) -> None:
@@ -157,8 +237,9 @@ def require_base(model: nn.Module, folder: str | Path) -> None:
     record = BaseRecord.read(Path(folder))
     if record is None:
         return
-    model = _inner(model)
-    if base_hash(model, left_out=record.left_out, head=record.head) != record.fingerprint:
+    model = inner_model(model)
+    given = (record.fingerprint, record.lasting)
+    if not is_base(model, *given, left_out=record.left_out, head=record.head):
         raise record.refuse(Path(folder), f"this {type(model).__name__}")
     weight = changed_weight(model, record.weights)
     if weight is not None:
@@ -189,7 +270,8 @@ def require_base_tensors(
     ]
     if any(make is None for _, make in held):
         return False
-    if _digest((name, make) for name, make in held if make is not None) != record.fingerprint:
+    there = [(name, make) for name, make in held if make is not None]
+    if _digest(there) != record.fingerprint and not record.lasting.agrees(there):
         raise record.refuse(folder, base)
     weights = ((name, make, packed) for name, make in made.items())
     weight = _first_changed(weights, record.weights)
@@ -209,103 +291,15 @@ def lasting_names(model: Any, folder: Path) -> list[tuple[str, ...]]:
     record = BaseRecord.read(folder)
     head = () if record is None else record.head
     ties = getattr(model, "all_tied_weights_keys", None) or {}
-    embeddings = _embedding_ids(model)
+    embeddings = embedding_ids(model)
     groups: dict[str, list[str]] = {}
-    lasts: set[str] = set()
+    lasting: set[str] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         leader = ties.get(name, name)
         groups.setdefault(leader, []).append(name)
-        if _lasts(parameter, embeddings) or name in head:
-            lasts.add(leader)
-    return [tuple(names) for leader, names in groups.items() if leader in lasts]
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrapper, if it is in one."""
-    get = getattr(model, "get_base_model", None)
-    inner = model if get is None else get()
-    assert isinstance(inner, nn.Module)
-    return inner
-
-
-def _lasts(parameter: Tensor, embeddings: Collection[int]) -> bool:
-    small = parameter.ndim <= 1 or id(parameter) in embeddings
-    return small and parameter.is_floating_point()
-
-
-def _embedding_ids(model: nn.Module) -> set[int]:
-    return {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    }
-
-
-def _lasting(model: nn.Module, head: Collection[str] = ()) -> Iterator[tuple[str, nn.Parameter]]:
-    """The same of a loaded model, by the names that it has without adapters."""
-    embeddings = _embedding_ids(model)
-    for name, parameter in _own(model):
-        if _lasts(parameter, embeddings) or name in head:
-            yield name, parameter
-
-
-def _own(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters but those of adapters, by the names that they have without adapters."""
-    wrappers = dict(_wrappers(model))
-    for name, parameter in model.named_parameters():
-        plain = _plain_name(name, wrappers)
-        if plain is not None:
-            yield plain, parameter
-
-
-def _head_names(model: nn.Module) -> list[str]:
-    inside = tuple(f"{name}." for name in task_heads(model))
-    return [name for name, _ in _own(model) if name.startswith(inside)]
-
-
-def _trained(model: nn.Module) -> Iterator[str]:
-    return (name for name, parameter in _own(model) if parameter.requires_grad)
-
-
-def _wrappers(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """PEFT's modules in a model by name, and what in each is the base's own."""
-    try:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper
-    except ImportError:
-        return
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            yield name, "base_layer"
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            yield name, "original_module"
-
-
-def _plain_name(name: str, wrappers: dict[str, str]) -> str | None:
-    """A parameter's name in the model without adapters; None for a part of an adapter."""
-    parts, plain, at = name.split("."), [], 0
-    while at < len(parts):
-        plain.append(parts[at])
-        own = wrappers.get(".".join(parts[: at + 1]))
-        at += 1
-        while own is not None:  # one may hold another
-            if at >= len(parts) or parts[at] != own:
-                return None
-            own = wrappers.get(".".join(parts[: at + 1]))
-            at += 1
-    return ".".join(plain)
-
-
-def _copied(model: nn.Module) -> Iterator[str]:
-    """Parameters of which PEFT trains a copy, or a part."""
-    wrappers = dict(_wrappers(model))
-    for name, own in wrappers.items():
-        if own == "original_module":
-            for part, _ in model.get_submodule(f"{name}.{own}").named_parameters():
-                plain = _plain_name(f"{name}.{own}.{part}", wrappers)
-                if plain is not None:
-                    yield plain
+        if lasts(parameter, embeddings) or name in head:
+            lasting.add(leader)
+    return [tuple(names) for leader, names in groups.items() if leader in lasting]
 
 
 def _in_memory(
@@ -363,7 +357,7 @@ def _block_weights(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]
     folded = [module for module in model.modules() if getattr(module, "merged", False) is True]
     inside -= {id(parameter) for module in folded for parameter in module.parameters()}
     packed = {id(module.weight): module.dense for _, module in packed_layers(model)}
-    for name, parameter in _own(model):
+    for name, parameter in own_parameters(model):
         tensor, dense = parameter.detach(), packed.get(id(parameter))
         plain = tensor.ndim > 1 and tensor.dtype in _DENSE_DTYPES and type(tensor) is Tensor
         if id(parameter) not in inside or tensor.is_meta or not tensor.numel():

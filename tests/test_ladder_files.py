@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import memrt
+from memrt.base_record import base_hash
 from memrt.errors import CheckpointWriteError
 from memrt.ladder.attach import CHILD
 from memrt.ladder_files import CONFIG_NAME, WEIGHTS_NAME
@@ -70,7 +71,7 @@ def test_it_is_small_beside_the_backbone(tmp_path: Path) -> None:
     assert (folder / WEIGHTS_NAME).stat().st_size < backbone / 16
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_backbone_of_another_precision_is_the_same_backbone(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -79,6 +80,26 @@ def test_a_backbone_of_another_precision_is_the_same_backbone(
     memrt.load_ladder(other, folder)
     assert {p.dtype for n, p in other.named_parameters() if ".up." in n} == {dtype}
     assert torch.isfinite(logits(other)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_backbone_in_float16_has_other_bits_and_must_be_near(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """fp32 by way of fp16 is rounded to other bf16 numbers; by 0.4 % of the norm it is another."""
+    written, read = model_of().to(dtype), model_of()
+    read = read.half() if dtype is torch.float32 else read
+    session = memrt.prepare(written, ["ladder(reduction=2)"])
+    folder = memrt.save_ladder(session, tmp_path / "side")
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    assert base_hash(read, left_out=()) != config["backbone"]
+    memrt.load_ladder(read, folder)
+    other = model_of()
+    other = other.half() if dtype is torch.float32 else other
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(1.01)
+    with pytest.raises(ValueError, match="another backbone"):
+        memrt.load_ladder(other, folder)
 
 
 def test_a_backbone_in_four_bits_is_the_same_backbone(tmp_path: Path) -> None:

@@ -4,10 +4,9 @@
     ladder.safetensors    the side network's tensors, and those of a task head that trained
 
 The fingerprint is a SHA-256 over what every precision keeps: the backbone's embeddings, norms and
-biases, rounded to bfloat16. (A float32 checkpoint that is loaded as float16 is rounded twice and
-may be taken for another.) Beside it are sums of the blocks' weights, compared within what rounding
-and packing do (`memrt.base_record`): one pass over them when a side network is first written and
-when one is read. Files of before have none.
+biases, rounded to bfloat16. Beside it are sums of them, for a backbone in float16, and of the
+blocks' weights, compared within what rounding and packing do (`memrt.base_record`): one pass when a
+side network is first written and when one is read. Files of before have none.
 """
 
 from __future__ import annotations
@@ -19,7 +18,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from memrt.base_record import base_hash, base_weights, changed_weight
+from memrt.base_record import (
+    Lasting,
+    base_hash,
+    base_lasting,
+    base_weights,
+    changed_weight,
+    is_base,
+)
 from memrt.ladder.attach import CHILD
 from memrt.weight_sums import checked_sums
 
@@ -43,7 +49,7 @@ CONFIG_NAME = "ladder.json"
 WEIGHTS_NAME = "ladder.safetensors"
 VERSION = 1
 
-_sums_beside: WeakKeyDictionary[nn.Module, dict[str, str]] = WeakKeyDictionary()
+_sums_beside: WeakKeyDictionary[nn.Module, dict[str, Any]] = WeakKeyDictionary()
 
 
 def write_ladder(
@@ -57,7 +63,7 @@ def write_ladder(
         "ladder": _without_data(settings),
         "model": type(model).__name__,
         "backbone": fingerprint(model, trained=trained),
-        "weights": _weights(model, trained=trained),
+        **_sums(model, trained=trained),
     }
     tensors = {name: t.detach().contiguous() for name, t in side_tensors(model, trained)}
     save_file(tensors, folder / WEIGHTS_NAME)
@@ -92,6 +98,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise _damaged(path, f"{key!r} is {config.get(key)!r}")
     try:
         checked_sums(config.get("weights", {}))
+        _lasting(config)
     except ValueError as error:
         raise _damaged(path, str(error)) from error
     return config
@@ -133,7 +140,8 @@ def _require_backbone(
         f"{folder} was trained beside another backbone (a {config['model']}) than this "
         f"{type(model).__name__}"
     )
-    if fingerprint(model, trained=trained) != config["backbone"]:
+    left_out = [*trained, *_side_names(model)]
+    if not is_base(model, config["backbone"], _lasting(config), left_out=left_out):
         raise ValueError(f"{other}; load the model that it was trained on")
     weight = changed_weight(model, config.get("weights", {}))
     if weight is not None:
@@ -163,12 +171,19 @@ def fingerprint(model: nn.Module, *, trained: Collection[str]) -> str:
     return base_hash(model, left_out=[*trained, *_side_names(model)])
 
 
-def _weights(model: nn.Module, *, trained: Collection[str]) -> dict[str, str]:
-    """Sums of the backbone's weights: looked at once while a side network hangs beside them."""
+def _lasting(config: Mapping[str, Any]) -> Lasting:
+    return Lasting.from_json(config["lasting"]) if "lasting" in config else Lasting()
+
+
+def _sums(model: nn.Module, *, trained: Collection[str]) -> dict[str, Any]:
+    """Sums of the backbone: looked at once while a side network hangs beside it."""
     side = next(module for name, module in model.named_modules() if CHILD in name.split("."))
     if side not in _sums_beside:
         left_out = {*trained, *_side_names(model)}
-        _sums_beside[side] = base_weights(model, left_out=left_out)
+        _sums_beside[side] = {
+            "weights": base_weights(model, left_out=left_out),
+            "lasting": base_lasting(model, left_out=left_out).to_json(),
+        }
     return _sums_beside[side]
 
 
