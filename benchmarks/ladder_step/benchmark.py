@@ -10,7 +10,8 @@ those of the plan, which is equal to the ledger to the byte (`tests/contract.py`
 every strategy and family). Every stack has the fused loss, so that logits are in none.
 
 Goal: activations at most 0.3 ×, the median whole step at most 0.5 × those of LoRA with
-checkpointing, for the pooled, checkpointed ladder.
+checkpointing, for the checkpointed ladder with pooled taps, and with projected ones, which keep
+nothing either and lose less on SST-2 (`benchmarks.quality.sst2`).
 """
 
 from __future__ import annotations
@@ -39,12 +40,19 @@ CLAIM = "A narrow ladder keeps a third of what checkpointed LoRA keeps, in half 
 GOAL = "activations at most 0.3 ×, step at most 0.5 × those of LoRA with activation checkpointing"
 LARGEST_SHARE, LARGEST_RATIO = 0.3, 0.5
 
-BASE, OURS = "lora + checkpointing", "ladder, pooled, checkpointed"
+BASE = "lora + checkpointing"
+OURS, PROJECTED = "ladder, pooled, checkpointed", "ladder, projected, checkpointed"
+JUDGED = (OURS, PROJECTED)
 STACKS: dict[str, list[str]] = {
     BASE: ["peft(rank=16)", "activation_checkpoint", "fused_loss"],
     "lora": ["peft(rank=16)", "fused_loss"],
     "lora, fused": ["peft(rank=16)", "fused_lora", "fused_loss"],
     OURS: ["ladder(reduction=16, taps='pooled', checkpoint=True)", "fused_loss"],
+    # from random directions, which cost what those of a probe set do
+    PROJECTED: [
+        "ladder(reduction=16, taps='projected', init='random', checkpoint=True)",
+        "fused_loss",
+    ],
     "ladder, pooled": ["ladder(reduction=16, taps='pooled')", "fused_loss"],
     "ladder, linear taps": ["ladder(reduction=16)", "fused_loss"],
 }
@@ -132,17 +140,23 @@ def run(options: Mapping[str, Any]) -> dict[str, Any]:
         repetitions = [measure(options, case, torch.device("cpu")) for case in options["cases"]]
     summary = {case_name(found["case"]): summarise(found) for found in repetitions}
     met = all(
-        rows[OURS]["share_of_activations"] <= LARGEST_SHARE
-        and rows[OURS]["ratio_of_steps"]["median"] <= LARGEST_RATIO
+        rows[label]["share_of_activations"] <= LARGEST_SHARE
+        and rows[label]["ratio_of_steps"]["median"] <= LARGEST_RATIO
         for rows in summary.values()
+        for label in JUDGED
     )
     return {
         "repetitions": repetitions,
         "summary": summary,
         "met": met,
-        "reason": "; ".join(
-            f"{name}: {rows[OURS]['share_of_activations']:.2f} × the activations, "
-            f"{rows[OURS]['ratio_of_steps']['median']:.2f} × the step of {BASE}"
-            for name, rows in summary.items()
-        ),
+        "reason": "; ".join(_sentence(name, rows) for name, rows in summary.items()),
     }
+
+
+def _sentence(name: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    found = [
+        f"{label} {rows[label]['share_of_activations']:.2f} × the activations, "
+        f"{rows[label]['ratio_of_steps']['median']:.2f} × the step"
+        for label in JUDGED
+    ]
+    return f"{name}, beside {BASE}: {', '.join(found)}"
