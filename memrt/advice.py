@@ -34,8 +34,6 @@ __all__ = [
 ]
 
 MAX_PLANS = 6
-_KEPT_FOR_OTHERS = 3
-"""Of the plans, for additions and shapes, where settings of the strategies are planned first."""
 _MAX_HALVINGS = 3
 _SHORTEST = 64
 _SMALLER_ACTIVATIONS = ("activation_checkpoint", "fused_loss")
@@ -101,20 +99,42 @@ def advise(
 
 
 def _leaner(planned: Plan, strategies: Sequence[Strategy], plan_of: PlanOf) -> list[Remedy]:
-    """The strategies' own settings that keep less for backward, where that could be enough."""
+    """The first of the strategies' own smaller settings that fits, and those before it.
+
+    Where none fits, what keeps least.
+    """
     remedies: list[Remedy] = []
     for index, strategy in enumerate(strategies if _has_room(planned) else ()):
-        for changed, what in strategy.leaner():
-            if len(remedies) == MAX_PLANS - _KEPT_FOR_OTHERS:
-                return remedies
-            try:
-                found = plan_of([*strategies[:index], changed, *strategies[index + 1 :]])
-            except ValueError:  # a conflict, too
-                continue
-            remedies.append(remedy_of(f"{changed} instead of {strategy} ({what})", found))
-            if found.fits:
-                return remedies
+        settings = strategy.leaner()
+        last = _in_place_of(strategies, index, settings[-1], plan_of) if settings else None
+        if last is None:
+            continue
+        if last.fits:
+            tried = (_in_place_of(strategies, index, each, plan_of) for each in settings[:-1])
+            return [*remedies, *_until_it_fits(tried, last)]
+        remedies.append(last)
     return remedies
+
+
+def _in_place_of(
+    strategies: Sequence[Strategy], index: int, leaner: tuple[Strategy, str], plan_of: PlanOf
+) -> Remedy | None:
+    """The plan with one strategy's other settings; None where they are refused."""
+    changed, what = leaner
+    try:
+        found = plan_of([*strategies[:index], changed, *strategies[index + 1 :]])
+    except ValueError:  # a conflict, too
+        return None
+    return remedy_of(f"{changed} instead of {strategies[index]} ({what})", found)
+
+
+def _until_it_fits(tried: Iterable[Remedy | None], last: Remedy) -> Iterator[Remedy]:
+    for remedy in tried:
+        if remedy is not None:
+            yield remedy
+            if remedy.fits:
+                return
+    yield last
 
 
 def _additions(

@@ -138,6 +138,7 @@ _ELEMENTWISE = frozenset(
         "fill_gaussian",
         "int8_dequantize",
         "int8_quantize",
+        "ladder_gradients",
         "ladder_mix",
         "nf4_dequantize",
         "nf4_quantize",

@@ -184,7 +184,8 @@ def _advice(stack: tuple[str, ...], *, over_bytes: int) -> list[Remedy]:
 
 def test_what_conflicts_is_left_out_of_the_advice_and_the_rest_is_added() -> None:
     """A ladder owns the recomputation of the layers, so that none can be checkpointed beside it."""
-    found = _advice(("nf4", "ladder(reduction=2)", "fused_loss"), over_bytes=2**19)
+    least = "ladder(reduction=2, taps='pooled', checkpoint=True)"
+    found = _advice(("nf4", least, "fused_loss"), over_bytes=2**19)
     added = [remedy for remedy in found if remedy.change.startswith("add ")]
     sentence = "add int8_states (int8_states: optimizer state in 8 bits instead of fp32 or bf16)"
     assert [(remedy.change, remedy.fits) for remedy in added] == [(sentence, True)]
@@ -195,6 +196,8 @@ def test_the_advice_keeps_what_trains() -> None:
     found = _advice(("ladder(reduction=2)",), over_bytes=2**26)
     added = [remedy.change.partition(" (")[0] for remedy in found if "add " in remedy.change]
     assert added == ["add fused_loss", "add int8_states, fused_loss", "add nf4, fused_loss"]
+    assert "taps='pooled', checkpoint=True) instead of" in found[0].change  # what keeps least
+    assert not any("float8" in remedy.change for remedy in found)
     assert not any("full fine-tuning" in remedy.change for remedy in found)
 
 

@@ -13,7 +13,7 @@ from memrt.session import Session
 from tests.strategies.runs import assert_equal, batch_of, model_of, states
 
 METHODS = [
-    "adalomo",
+    "adalomo(clip='two_pass')",
     "apollo(rank=4, every=3)",
     "apollo_mini(every=3)",
     "badam(every=2, parked='host')",
@@ -24,7 +24,7 @@ METHODS = [
     "galore(rank=4, every=3, moments='rotated', form='plain')",
     "in_backward",
     "lisa(layers=1, every=2)",
-    "lomo",
+    "lomo(clip='two_pass')",
 ]
 QUANTIZED = ["fp8_states", "int4_states", "int8_states", "q_galore(rank=32, every=2)"]
 """Tried on layers that are wide enough for a state of 4096 elements: less is not quantized."""
