@@ -12,8 +12,8 @@ Bytes kept for backward: H for dW (the *tap*: tokens · hidden elements; with ``
 byte each and 4 a token, E4M3 with a scale a token, so that only dW is rounded), and S - D
 (tokens · side) instead of S and D.
 
-In Triton H is read once, and so are dZ and S - D in backward (`memrt.kernels.ladder_gradients`); dW
-is PyTorch's product.
+In Triton H is read once (and once more for its eight bits), and so are dZ and S - D in backward
+(`memrt.kernels.ladder_gradients`); dW is PyTorch's product.
 
 Source: the ladder of LST (arXiv 2206.06522); the reading in one operator is memrt's.
 """

@@ -3,8 +3,9 @@
     MEMRT_DATA=folder python -m benchmarks.quality.speeds FOLDER        # on a quiet machine
 
 FOLDER is that of `benchmarks.quality.run`, whose base model is trained if there is none. Every run
-is a `memrt train` of 50 steps without evaluation, behind the steps that the report counts. Speeds
-are comparable only where nothing else computes, so nothing is kept from an earlier command; in
+is a `memrt train` of `--steps` steps without evaluation, behind the steps that the report counts.
+Seconds are the processor's, with torch on one thread, so that what else the machine does is not in
+them; caches and memory are shared all the same, so nothing is kept from an earlier command. In
 every round each method runs once, and is compared with AdamW's run of that round.
 """
 
@@ -15,7 +16,9 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from benchmarks.quality.base_model import TRAINING_TEXTS, train_base_model
 from benchmarks.quality.methods import BASELINE, METHODS
 from benchmarks.quality.run import TASKS, train_once
 from benchmarks.record import RESULTS, conditions, make_record, write_record
+from benchmarks.step_times import one_thread
+from memrt import throughput
 from memrt.memory_report import NUM_STEPS
 
 __all__ = ["main", "markdown"]
@@ -35,10 +40,22 @@ STEPS = 50
 """A refresh interval of the low-rank methods, and whole ones of the layerwise."""
 
 
-def _tokens_per_second(name: str, *, task: str, base: Path, data: Path) -> float:
+@contextmanager
+def _processor_time() -> Iterator[None]:
+    """A report's seconds are those of the processor, on one thread."""
+    before = throughput.perf_counter
+    throughput.perf_counter = time.process_time
+    try:
+        with one_thread():
+            yield
+    finally:
+        throughput.perf_counter = before
+
+
+def _tokens_per_second(name: str, *, task: str, base: Path, data: Path, steps: int) -> float:
     method = METHODS[name]
     without = ("data.evaluation_path=null", "data.evaluation_fraction=0")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _processor_time():
         report = train_once(
             Path(folder),
             base=base,
@@ -46,7 +63,7 @@ def _tokens_per_second(name: str, *, task: str, base: Path, data: Path) -> float
             task=task,
             method=replace(method, overrides=(*method.overrides, *without)),
             lr=METHODS[method.rate_of or name].learning_rates[0],
-            steps=NUM_STEPS + STEPS,
+            steps=NUM_STEPS + steps,
         )
     speed: float = report["tokens_per_second"]
     return speed
@@ -108,7 +125,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     }
     found = record["conditions"]
     lines = [
-        f"Tokens/s and, in brackets, its ratio to AdamW's; {found['cpu']}, {found['cores']} cores.",
+        f"Tokens a second of one core's time and, in brackets, beside AdamW's; {found['cpu']}.",
         "",
         "| " + " | ".join(("method", *tasks)) + " |",
         "| " + " | ".join(("---",) * (1 + len(tasks))) + " |",
@@ -130,6 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="fewer will do for methods without intervals"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, help="default: benchmarks/results")
     options = parser.parse_args(argv)
     data = Path(os.environ.get("MEMRT_DATA", "")).resolve()
@@ -137,9 +157,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"MEMRT_DATA={str(data)!r} must name the folder with the texts")
     if BASELINE not in options.methods:
         parser.error(f"--methods: {BASELINE} must be among them, for speeds are given beside it")
-    if options.rounds < 1:
-        parser.error(f"--rounds {options.rounds}: at least 1")
-    configuration = {"steps": STEPS, "rounds": options.rounds}
+    for name in ("rounds", "steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: at least 1")
+    configuration = {"steps": options.steps, "rounds": options.rounds}
     found = conditions(configuration=configuration, device="cpu")
     if train_base_model(options.folder, data):
         return 1
@@ -149,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "round": number,
             "method": name,
             "tokens_per_second": _tokens_per_second(
-                name, task=task, base=options.folder / "model", data=data
+                name, task=task, base=options.folder / "model", data=data, steps=options.steps
             ),
         }
         for number in range(options.rounds)
