@@ -56,7 +56,13 @@ _DIVIDED_KEYS = (
     "dense_intermediate_size",
     "prefix_dense_intermediate_size",
     "cross_attention_hidden_size",  # of an encoder that is as many times narrower
+    "mamba_n_heads",  # of Bamba, Falcon H1 and the Granite hybrids, whose heads keep their width
+    "mamba_num_heads",  # of Nemotron H
+    "mamba_d_ssm",
 )
+_HEADS_IN_PARTS = {"codegen": 4}
+"""Attention that takes its heads in so many equal parts, by the kind of the model."""
+
 _HEAD_KEYS = ("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads")
 _KEY_HEAD_KEYS = ("num_key_value_heads", "num_kv_heads")
 _VOCABULARY = 8  # of the narrow body, whose embeddings are not used
@@ -143,6 +149,12 @@ def narrow_config(config: Any, reduction: int) -> Any:
     widths = widths or wide.narrowed(reduction, own_head_dim=own_head_dim)
     if widths.head_dim != wide.head_dim and _lists_factors(config):
         raise ValueError(_needs_whole_heads(config, wide, reduction))
+    parts = _HEADS_IN_PARTS.get(getattr(config, "model_type", ""), 1)
+    if widths.heads % parts:
+        raise ValueError(
+            f"reduction={reduction} leaves {widths.heads} heads, and the attention of "
+            f"{config.model_type} takes them in {parts} equal parts; use a smaller reduction"
+        )
     for key in _DIVIDED_KEYS:
         size = getattr(config, key, None)
         if size:

@@ -380,6 +380,94 @@ def test_a_transformers_body_that_is_looped_before_its_norm_is_refused_as_it_run
             model(torch.randn(2, 5, 64))
 
 
+def bamba() -> Any:
+    config = transformers.BambaConfig(
+        **SIZES,
+        intermediate_size=128,
+        vocab_size=99,
+        num_key_value_heads=2,
+        attn_layer_indices=[1],
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_d_state=16,
+        mamba_chunk_size=8,
+    )
+    return transformers.BambaForCausalLM(config)
+
+
+def granite_hybrid() -> Any:
+    config = transformers.GraniteMoeHybridConfig(
+        **SIZES,
+        intermediate_size=128,
+        vocab_size=99,
+        num_key_value_heads=2,
+        layer_types=["mamba", "attention"],
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_d_state=16,
+        mamba_chunk_size=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        shared_intermediate_size=64,
+    )
+    return transformers.GraniteMoeHybridForCausalLM(config)
+
+
+def falcon_h1() -> Any:
+    config = transformers.FalconH1Config(
+        **SIZES,
+        intermediate_size=128,
+        vocab_size=99,
+        num_key_value_heads=2,
+        mamba_d_ssm=128,
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_n_groups=1,
+        mamba_d_state=16,
+        mamba_chunk_size=8,
+    )
+    return transformers.FalconH1ForCausalLM(config)
+
+
+@pytest.mark.parametrize("build", [bamba, granite_hybrid, falcon_h1])
+def test_state_spaces_have_fewer_heads_as_attention_has(build: Any) -> None:
+    torch.manual_seed(0)
+    model = build().eval()
+    batch = tiny_batches("llama")[0]
+    with torch.no_grad():
+        expected = model(**batch)["logits"]
+    session = memrt.prepare(model, ["ladder(reduction=2)"], lr=1e-2)
+    mixers = [m for m in model.modules() if hasattr(m, "A_log")]
+    heads = [mixer.num_heads for mixer in mixers]
+    assert heads
+    assert set(heads) == {8, 4}
+    with torch.no_grad():
+        assert torch.equal(model(**batch)["logits"], expected)
+    losses = []
+    for _ in range(6):
+        losses.append(float(session.train_micro_batch(lambda: model_loss(model, batch))))
+        session.step()
+    assert losses[-1] < losses[0]
+
+
+def test_attention_in_parts_needs_as_many_heads() -> None:
+    config = transformers.CodeGenConfig(
+        vocab_size=99, n_positions=64, n_ctx=64, n_embd=64, n_layer=2, n_head=4, rotary_dim=8
+    )
+    model = transformers.CodeGenForCausalLM(config)
+    with pytest.raises(ConflictError, match="leaves 2 heads, and the attention of codegen takes"):
+        memrt.prepare(model, ["ladder(reduction=2)"])
+
+
+def test_lists_of_layers_are_no_blocks() -> None:
+    config = transformers.FunnelConfig(
+        vocab_size=99, block_sizes=[1, 1], d_model=64, n_head=4, d_head=16, d_inner=128
+    )
+    model = transformers.FunnelForSequenceClassification(config)
+    with pytest.raises(ConflictError, match=r"funnel\.encoder\.blocks of .* holds lists of layers"):
+        memrt.prepare(model, ["ladder(reduction=2)"])
+
+
 # ---------------------------------------------------------------- what the user has chosen
 
 
