@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from memrt.kernels.dispatch import uses_triton
-from memrt.kernels.ladder_gradients import flat_of, mix_gradients
+from memrt.kernels.ladder_gradients import flat_of, mix_gradients, takes_triton
 from memrt.kernels.mixed_precision import block_rows, product_dtype
 from memrt.profiling.ledger import register_workspace
 
@@ -100,7 +99,7 @@ def _down(
     float8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Z, S - D (empty without S), and H in 8 bits with its scales (empty unless ``float8``)."""
-    if state is not None and gate is not None and uses_triton(hidden):
+    if state is not None and gate is not None and takes_triton(hidden):
         mixed, difference = _launch(hidden, weight, bias, state, gate)
     else:
         down = functional.linear(hidden, weight, bias)
@@ -234,7 +233,7 @@ torch.library.register_autograd("memrt::ladder_down", _down_backward, setup_cont
 @torch.library.custom_op("memrt::ladder_mix", mutates_args=())
 def _mix(down: Tensor, state: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Z and S - D."""
-    if not uses_triton(state):
+    if not takes_triton(state):
         return _mixed(down, state, gate), state - down
     from memrt.kernels._triton.ladder import launch_mix
 
@@ -252,7 +251,7 @@ def _(down: Tensor, state: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mix_workspace_bytes(down: Tensor, state: Tensor, gate: Tensor) -> int:
-    if down.dtype == state.dtype or uses_triton(state):
+    if down.dtype == state.dtype or takes_triton(state):
         return 0
     return state.numel() * state.element_size()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from memrt.kernels.dispatch import uses_triton
 from memrt.profiling.ledger import register_workspace
 
-__all__ = ["flat_of", "mix_gradients", "strips_of"]
+__all__ = ["flat_of", "mix_gradients", "strips_of", "takes_triton"]
 
 MAX_STRIPS, STRIP_TOKENS = 128, 32
 """In Triton sums over tokens are made of at most so many strips, of a multiple of so many."""
@@ -49,7 +49,7 @@ def _gradients(
     needs_sums: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dS, dD, Σ dZ (S - D) by channel and Σ dD, of which empty is what was not asked for."""
-    if uses_triton(gradient) and gradient.numel():
+    if takes_triton(gradient) and gradient.numel():
         return _launch_gradients(gradient, difference, gate, needs_state, dtype, needs_sums)
     opened = gate.to(gradient.dtype)
     channels = _nothing(gradient) if difference is None else _sums(gradient * difference)
@@ -126,7 +126,7 @@ def _gradients_workspace_bytes(
     needs_sums: bool,
 ) -> int:
     side = gradient.shape[-1]
-    if uses_triton(gradient):
+    if takes_triton(gradient):
         strips, _ = strips_of(gradient.shape[:-1].numel())
         return 4 * strips * side * ((difference is not None) + needs_sums)
     product = 0
@@ -138,6 +138,11 @@ def _gradients_workspace_bytes(
 
 
 register_workspace("memrt::ladder_gradients", _gradients_workspace_bytes)
+
+
+def takes_triton(tensor: Tensor) -> bool:
+    """Whether kernels that compute in fp32 will do."""
+    return uses_triton(tensor) and tensor.dtype != torch.float64
 
 
 def flat_of(tensor: Tensor) -> Tensor:
