@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "memrt.adapter_starts",
         "memrt.adapters",
         "memrt.backward_updates",
+        "memrt.base_parts",
         "memrt.base_record",
         "memrt.compose",
         "memrt.errors",
