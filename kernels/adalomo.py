@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from memrt.kernels import stochastic_rounding
-from memrt.kernels.compiled import CompiledFunction
+from memrt.kernels.compiled import CompiledFunction, is_whole_piece
 from memrt.kernels.dispatch import uses_triton
 from memrt.kernels.stochastic_rounding import Rounding, stochastic_copy_
 from memrt.profiling.ledger import register_workspace
@@ -272,10 +272,8 @@ def _direction(gradient: Tensor, row_factor: Tensor | None, column_factor: Tenso
 
 def _is_compiled(weight: Tensor, gradient: Tensor, rows: slice) -> bool:
     """Whether these rows are a whole piece of matrices that are worth it."""
-    whole = rows.stop - rows.start == _piece_rows(weight.shape[1])
-    dense = weight.is_contiguous() and gradient.is_contiguous()
-    large = weight.numel() >= COMPILED_FROM_ELEMENTS
-    return whole and dense and large and weight.device.type == "cpu"
+    whole = _piece_rows(weight.shape[1])
+    return is_whole_piece(rows, whole, weight, gradient, at_least=COMPILED_FROM_ELEMENTS)
 
 
 def _piece_rows(num_columns: int) -> int:

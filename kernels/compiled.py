@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CompiledFunction"]
+__all__ = ["CompiledFunction", "is_whole_piece"]
 
 AVX512 = "x86-64-v4"
 
@@ -88,6 +88,15 @@ class CompiledFunction:
             )
             return False
         return True
+
+
+def is_whole_piece(rows: slice, whole: int, *matrices: Tensor, at_least: int) -> bool:
+    """Whether rows of dense matrices on the CPU are a whole piece, and compiling for it pays.
+
+    whole: rows of such a piece. at_least: elements of a matrix for which it does.
+    """
+    dense = all(matrix.is_contiguous() and matrix.device.type == "cpu" for matrix in matrices)
+    return dense and rows.stop - rows.start == whole and matrices[0].numel() >= at_least
 
 
 def compiler_options() -> dict[str, Any]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from memrt.kernels import stochastic_rounding
-from memrt.kernels.compiled import CompiledFunction
+from memrt.kernels.compiled import CompiledFunction, is_whole_piece
 from memrt.kernels.dispatch import uses_triton
 from memrt.kernels.mixed_precision import block_rows
 from memrt.kernels.stochastic_rounding import Rounding, stochastic_copy_
@@ -114,8 +114,7 @@ def _compiled_norms(matrix: Tensor, result: Tensor, *, left: bool) -> Tensor:
     squares = result.zero_()
     for rows in _pieces(matrix):
         piece = (matrix[rows], squares if left else squares[rows], left)
-        whole = rows.stop - rows.start == _piece_rows(matrix)
-        if not (whole and _compiled_squares(*piece)):
+        if not (_is_compiled(matrix, matrix, rows) and _compiled_squares(*piece)):
             _square_piece(*piece)
     return squares.sqrt_()
 
@@ -279,10 +278,8 @@ def _add_compiled(
 
 def _is_compiled(weight: Tensor, gradient: Tensor, rows: slice) -> bool:
     """Whether these rows are a whole piece of matrices that are worth it."""
-    whole = rows.stop - rows.start == _piece_rows(weight)
-    dense = weight.is_contiguous() and gradient.is_contiguous()
-    large = weight.numel() >= COMPILED_FROM_ELEMENTS
-    return whole and dense and large and weight.device.type == "cpu"
+    whole = _piece_rows(weight)
+    return is_whole_piece(rows, whole, weight, gradient, at_least=COMPILED_FROM_ELEMENTS)
 
 
 @_add_channels.register_fake
