@@ -242,7 +242,8 @@ def _block_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
             continue
         blocks = list(module.children())
         alike = len({type(block) for block in blocks}) == 1
-        composite = all(any(True for _ in block.children()) for block in blocks)
+        lists = isinstance(blocks[0], (nn.ModuleList, nn.ModuleDict))  # Funnel's: nothing runs them
+        composite = not lists and all(any(True for _ in block.children()) for block in blocks)
         if alike and composite and any(True for _ in blocks[0].parameters()):
             found.append((name, module))
     return found

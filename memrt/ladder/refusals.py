@@ -67,16 +67,7 @@ def _was_frozen(facts: Facts, name: str, parameter: nn.Parameter) -> bool:
 
 
 def require_once(facts: Facts, stack: LayerStack) -> None:
-    """Blocks that a forward runs several times would be given what the ladder has joined.
-
-    And lists of layers have no forward at all that a rung could hang below.
-    """
-    if isinstance(stack.layers[0], (nn.ModuleList, nn.ModuleDict)):
-        raise ValueError(
-            f"{stack.name} of {type(facts.model).__name__} holds lists of layers, not blocks with "
-            "a forward of their own, so that no ladder could be climbed; use another strategy, "
-            "such as peft(method='lora')"
-        )
+    """Blocks that a forward runs several times would be given what the ladder has joined."""
     body, count = body_of(facts.model, stack), len(stack.layers)
     config: Any = None if body is None else facts.model.get_submodule(body).config
     shared = getattr(config, "num_hidden_groups", None) is not None

@@ -460,11 +460,15 @@ def test_attention_in_parts_needs_as_many_heads() -> None:
 
 
 def test_lists_of_layers_are_no_blocks() -> None:
+    """Nothing runs a list: its layers are the blocks, and of Funnel's there are several lists."""
     config = transformers.FunnelConfig(
-        vocab_size=99, block_sizes=[1, 1], d_model=64, n_head=4, d_head=16, d_inner=128
+        vocab_size=99, block_sizes=[2, 2], d_model=64, n_head=4, d_head=16, d_inner=128
     )
     model = transformers.FunnelForSequenceClassification(config)
-    with pytest.raises(ConflictError, match=r"funnel\.encoder\.blocks of .* holds lists of layers"):
+    stacks = discover(model).stacks
+    assert [len(stack.layers) for stack in stacks] == [2, 2]
+    assert all("forward" in vars(type(layer)) for stack in stacks for layer in stack.layers)
+    with pytest.raises(ConflictError, match=r"has 2 lists of repeated blocks \(funnel\.encoder"):
         memrt.prepare(model, ["ladder(reduction=2)"])
 
 
