@@ -10,6 +10,13 @@ import pytest
 from memrt.testing import FAMILIES, tiny_model
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Names that hold an address differ from process to process: several cannot share the tests."""
+    addressed = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if addressed:
+        raise pytest.UsageError(f"tests named by an address, which changes: {addressed[:3]}")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
     """Imports and collected tests stay: a fifth of the time of all tests went by looking at them.

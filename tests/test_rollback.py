@@ -67,7 +67,7 @@ def _after(stack: list[str], what: Any) -> tuple[dict[str, Tensor], Session]:
         *((stack, _with_nan) for stack in (*ONE_PASS, *STACKS)),
         *((stack, _half_a_window) for stack in STACKS),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_run_that_is_rolled_back_is_one_that_never_had_the_bad_batch(
     stack: list[str], what: Any
