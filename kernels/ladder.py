@@ -9,10 +9,10 @@ Formula, for a frozen hidden state H [..., hidden] that is read once, the side's
 H gets no gradient. ``ladder_mix`` is the second half alone, for a D that was made in another way.
 
 Bytes kept for backward: H for dW (the *tap*: tokens · hidden elements; with ``kept="float8"`` one
-byte each and 4 a token, E4M3 with a scale a token, so that only dW is rounded), and S - D
-(tokens · side) instead of S and D.
+byte each and one for every 32, `memrt.kernels.microscaled_fp8`, so that only dW is rounded), and
+S - D (tokens · side) instead of S and D.
 
-In Triton H is read once (and once more for its eight bits), and so are dZ and S - D in backward
+In Triton H is read once, for its eight bits too, and so are dZ and S - D in backward
 (`memrt.kernels.ladder_gradients`); dW is PyTorch's product.
 
 Source: the ladder of LST (arXiv 2206.06522); the reading in one operator is memrt's.
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from memrt.kernels.ladder_gradients import flat_of, mix_gradients, takes_triton
+from memrt.kernels.microscaled_fp8 import FLOAT8, microscale, num_groups, restore
 from memrt.kernels.mixed_precision import block_rows, product_dtype
 from memrt.profiling.ledger import register_workspace
 
@@ -34,9 +35,6 @@ __all__ = ["KEPT", "ladder_down", "ladder_mix", "ladder_reference"]
 
 KEPT = ("exact", "float8")
 """How a tap is kept for the gradient of the down-projection."""
-
-_FLOAT8 = torch.float8_e4m3fn
-_FLOAT8_MAX = torch.finfo(_FLOAT8).max
 
 
 def ladder_reference(
@@ -98,39 +96,26 @@ def _down(
     gate: Tensor | None,
     float8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Z, S - D (empty without S), and H in 8 bits with its scales (empty unless ``float8``)."""
-    if state is not None and gate is not None and takes_triton(hidden):
-        mixed, difference = _launch(hidden, weight, bias, state, gate)
-    else:
-        down = functional.linear(hidden, weight, bias)
-        mixed, difference = down, down.new_empty(0)
-        if state is not None and gate is not None:
-            difference = state - down
-            mixed = _mixed(down, state, gate, in_place=True)
-    codes, scales = hidden.new_empty(0, dtype=_FLOAT8), hidden.new_empty(0, dtype=torch.float32)
+    """Z, S - D (empty without S), H in 8 bits and their exponents (empty unless ``float8``)."""
+    if takes_triton(hidden) and (state is not None or float8):
+        return _launch(hidden, weight, bias, state, gate, float8)
+    down = functional.linear(hidden, weight, bias)
+    mixed, difference = down, down.new_empty(0)
+    if state is not None and gate is not None:
+        difference = state - down
+        mixed = _mixed(down, state, gate, in_place=True)
+    codes, exponents = _nothing_kept(hidden)
     if float8:
-        codes, scales = _to_float8(hidden)
-    return mixed, difference, codes, scales
+        codes, exponents = microscale(flat_of(hidden))
+        codes = codes.view(hidden.shape)
+    return mixed, difference, codes, exponents
+
+
+def _nothing_kept(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(0, dtype=FLOAT8), hidden.new_empty(0, dtype=torch.uint8)
 
 
 def _launch(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, gate: Tensor
-) -> tuple[Tensor, Tensor]:
-    from memrt.kernels._triton.ladder import launch
-
-    side = weight.shape[0]
-    flat = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-    before = state.reshape(-1, side).contiguous()
-    mixed = torch.empty_like(before)
-    difference = before.new_empty(
-        before.shape, dtype=torch.promote_types(hidden.dtype, state.dtype)
-    )
-    launch(flat, weight.contiguous(), bias, before, gate, mixed, difference)
-    return mixed.view(state.shape), difference.view(state.shape)
-
-
-@_down.register_fake
-def _(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -138,14 +123,39 @@ def _(
     gate: Tensor | None,
     float8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from memrt.kernels._triton.ladder import launch
+
+    given = (hidden, weight, bias, state, gate, float8)
+    mixed, difference, codes, exponents = _outputs(*given)
+    before = None if state is None else flat_of(state)
+    kept = (flat_of(codes), exponents) if float8 else None
+    flat = flat_of(mixed), None if state is None else flat_of(difference)
+    launch(flat_of(hidden), weight.contiguous(), bias, before, gate, *flat, kept)
+    return mixed, difference, codes, exponents
+
+
+def _outputs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    gate: Tensor | None,
+    float8: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of `_down`, not yet filled."""
     shape = (*hidden.shape[:-1], weight.shape[0])
     mixed = hidden.new_empty(shape, dtype=hidden.dtype if state is None else state.dtype)
     difference = mixed.new_empty(0)
     if state is not None:
         difference = mixed.new_empty(shape, dtype=torch.promote_types(hidden.dtype, state.dtype))
-    tokens = hidden.shape[:-1].numel()
-    codes = hidden.new_empty(hidden.shape if float8 else 0, dtype=_FLOAT8)
-    return mixed, difference, codes, hidden.new_empty(tokens if float8 else 0, dtype=torch.float32)
+    if not float8:
+        return mixed, difference, *_nothing_kept(hidden)
+    groups = (hidden.shape[:-1].numel(), num_groups(hidden.shape[-1]))
+    codes = hidden.new_empty(hidden.shape, dtype=FLOAT8)
+    return mixed, difference, codes, hidden.new_empty(groups, dtype=torch.uint8)
+
+
+_down.register_fake(_outputs)
 
 
 def _workspace_bytes(
@@ -156,37 +166,27 @@ def _workspace_bytes(
     gate: Tensor | None,
     float8: bool,
 ) -> int:
-    if state is None or hidden.dtype == state.dtype:
+    if takes_triton(hidden) and (state is not None or float8):
         return 0
-    return hidden.shape[:-1].numel() * weight.shape[0] * hidden.element_size()  # D
+    tokens, width = hidden.shape[:-1].numel(), hidden.shape[-1]
+    piece = min(tokens, block_rows(width, tokens)) * width * 4 if float8 else 0  # in fp32
+    if state is None or hidden.dtype == state.dtype:
+        return piece
+    return piece + tokens * weight.shape[0] * hidden.element_size()  # D
 
 
 register_workspace("memrt::ladder_down", _workspace_bytes)
 
 
-def _to_float8(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """H as E4M3 codes of its shape, and the scale of every token, fp32 [tokens]."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    codes = torch.empty_like(flat, dtype=_FLOAT8)
-    scales = flat.new_empty(flat.shape[0], dtype=torch.float32)
-    rows = block_rows(flat.shape[1], flat.shape[0])
-    for start in range(0, flat.shape[0], rows):
-        piece = flat[start : start + rows].float()
-        scale = piece.abs().amax(dim=1).div_(_FLOAT8_MAX).clamp_(min=torch.finfo().tiny)
-        codes[start : start + rows] = (piece / scale[:, None]).to(_FLOAT8)
-        scales[start : start + rows] = scale
-    return codes.view(hidden.shape), scales
-
-
 def _down_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, _, gate, float8 = inputs
-    _, difference, codes, scales = output
-    ctx.mark_non_differentiable(difference, codes, scales)
+    _, difference, codes, exponents = output
+    ctx.mark_non_differentiable(difference, codes, exponents)
     tap = codes if float8 else hidden
     needs_weight = ctx.needs_input_grad[1]
     ctx.save_for_backward(
         tap if needs_weight else None,
-        scales if needs_weight and float8 else None,
+        exponents if needs_weight and float8 else None,
         difference if gate is not None and ctx.needs_input_grad[4] else None,
         gate,
     )
@@ -195,7 +195,7 @@ def _down_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _down_backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    tap, scales, difference, gate = ctx.saved_tensors
+    tap, exponents, difference, gate = ctx.saved_tensors
     dtype, sums = ctx.weight_dtype, ctx.has_bias and ctx.needs_input_grad[2]
     with torch.autocast(gradient.device.type, enabled=False):
         d_state = d_gate = None
@@ -207,20 +207,20 @@ def _down_backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | Non
                 gradient, difference, gate, ctx.needs_input_grad[3], dtype, sums
             )
         flat = d_down.reshape(-1, d_down.shape[-1])  # [tokens, side]
-        d_weight = None if tap is None else _weight_gradient(flat, tap, scales)
+        d_weight = None if tap is None else _weight_gradient(flat, tap, exponents)
     return None, d_weight, None if d_bias is None else d_bias.to(dtype), d_state, d_gate, None
 
 
-def _weight_gradient(flat: Tensor, tap: Tensor, scales: Tensor | None) -> Tensor:
-    """dDᵀ H [side, hidden]; a scale of a token moves over to dD, so that H is only cast."""
+def _weight_gradient(flat: Tensor, tap: Tensor, exponents: Tensor | None) -> Tensor:
+    """dDᵀ H [side, hidden], of eight bits piece by piece."""
     tap = tap.reshape(-1, tap.shape[-1])  # [tokens, hidden]
-    if scales is None:
+    if exponents is None:
         return flat.t() @ tap
-    scaled = flat * scales[:, None].to(flat.dtype)
     total = torch.zeros(flat.shape[1], tap.shape[1], dtype=torch.float32, device=flat.device)
     rows = block_rows(tap.shape[1], tap.shape[0])
-    for left, codes in zip(torch.split(scaled, rows), torch.split(tap, rows), strict=True):
-        total += left.t() @ codes.to(left.dtype)
+    pieces = (torch.split(tensor, rows) for tensor in (flat, tap, exponents))
+    for left, codes, powers in zip(*pieces, strict=True):
+        total += left.t() @ restore(codes, powers, left.dtype)
     return total.to(flat.dtype)
 
 

@@ -2,7 +2,9 @@
 
 A program makes 64 tokens × 64 side channels (fewer where the side is narrower). Programs of the
 same tokens come one after the other, so that a hidden state is read from memory once and by the
-others from the cache; D never reaches memory.
+others from the cache; D never reaches memory. Where H is kept in eight bits, the first program of
+some tokens writes them of what it multiplies: a piece is as wide as a group of
+`memrt.kernels.microscaled_fp8` then, twice as wide as else in fp32, so that half the tokens fit.
 
 Gate and sum alone are one pass over D and S, and so is their backward over dZ and S - D: a program
 goes down a strip of tokens of 64 channels, writes dS and dD, and keeps the sums by channel of
@@ -12,13 +14,16 @@ same bits every time.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from memrt.kernels._triton.launching import on_device_of
+from memrt.kernels._triton.microscaled_fp8 import microscaled
 from memrt.kernels.dispatch import require_triton
 from memrt.kernels.ladder_gradients import strips_of
+from memrt.kernels.microscaled_fp8 import GROUP_SIZE
 
 BLOCK_TOKENS = 64
 BLOCK_SIDE = 64
@@ -51,16 +56,23 @@ def ladder_down_kernel(
     gate_ptr,
     mixed_ptr,
     difference_ptr,
+    codes_ptr,
+    exponents_ptr,
     num_tokens,
     side,
     hidden_size,
     HAS_BIAS: tl.constexpr,
+    HAS_STATE: tl.constexpr,
     SCALAR_GATE: tl.constexpr,
+    KEEPS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_SIDE: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
-    """Z and S - D of one tile; D is rounded to the dtype of H, as a linear layer's output is."""
+    """Z and S - D of one tile; D is rounded to the dtype of H, as a linear layer's output is.
+
+    Without a state Z is D. With `KEEPS` BLOCK_HIDDEN is a group's size.
+    """
     tiles = tl.cdiv(side, BLOCK_SIDE)
     program = tl.program_id(0)
     first_token = (program // tiles).to(tl.int64) * BLOCK_TOKENS
@@ -86,6 +98,13 @@ def ladder_down_kernel(
             other=0.0,
         )
         down = tl.dot(h, w, down, input_precision="ieee")
+        if KEEPS and first_channel == 0:
+            code, exponent = microscaled(h.to(tl.float32))
+            token = first_token + row
+            at = token * hidden_size + inner[None, :]
+            tl.store(codes_ptr + at, code, mask=is_token & is_inner[None, :])
+            at = token * tl.cdiv(hidden_size, BLOCK_HIDDEN) + first // BLOCK_HIDDEN
+            tl.store(exponents_ptr + at, exponent, mask=is_token)
     channels = first_channel + column
     if HAS_BIAS:
         down += tl.load(bias_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)[None, :]
@@ -94,49 +113,60 @@ def ladder_down_kernel(
     offsets = row * side + channels[None, :]
     mask = is_token & is_channel[None, :]
     start = first_token * side
-    state = tl.load(state_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    gate = gate_of(gate_ptr, channels, is_channel, state_ptr.dtype.element_ty, SCALAR_GATE)
-    difference = state - down
-    mixed = mixed_of(down, state, difference, gate)
+    mixed = down
+    if HAS_STATE:
+        state = tl.load(state_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        gate = gate_of(gate_ptr, channels, is_channel, state_ptr.dtype.element_ty, SCALAR_GATE)
+        difference = state - down
+        mixed = mixed_of(down, state, difference, gate)
+        narrow = difference.to(difference_ptr.dtype.element_ty)
+        tl.store(difference_ptr + start + offsets, narrow, mask=mask)
     tl.store(mixed_ptr + start + offsets, mixed.to(mixed_ptr.dtype.element_ty), mask=mask)
-    narrow = difference.to(difference_ptr.dtype.element_ty)
-    tl.store(difference_ptr + start + offsets, narrow, mask=mask)
 
 
 def launch(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    state: Tensor,
-    gate: Tensor,
+    state: Tensor | None,
+    gate: Tensor | None,
     mixed: Tensor,
-    difference: Tensor,
+    difference: Tensor | None,
+    kept: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Fill `mixed` and `difference` [tokens, side]; all tensors contiguous, tokens flat."""
-    require_triton(hidden, weight, state, gate, mixed, difference)
+    """Fill `mixed` and `difference` [tokens, side], and `kept`: codes and exponents of H.
+
+    All tensors contiguous, tokens flat; `state`, `gate` and `difference` go together.
+    """
+    require_triton(hidden, weight, mixed)
     num_tokens, hidden_size = hidden.shape
     side = weight.shape[0]
     if num_tokens == 0:
         return
-    block_side = _block_side(side)
-    grid = (triton.cdiv(num_tokens, BLOCK_TOKENS) * triton.cdiv(side, block_side),)
+    wide_groups = kept is not None and hidden.element_size() == 4
+    block_tokens, block_side = BLOCK_TOKENS // 2 if wide_groups else BLOCK_TOKENS, _block_side(side)
+    grid = (triton.cdiv(num_tokens, block_tokens) * triton.cdiv(side, block_side),)
     with on_device_of(hidden):
         ladder_down_kernel[grid](
             hidden,
             weight,
             weight if bias is None else bias,
-            state,
-            gate,
+            weight if state is None else state,
+            weight if gate is None else gate,
             mixed,
-            difference,
+            mixed if difference is None else difference,
+            mixed if kept is None else kept[0].view(torch.uint8),
+            mixed if kept is None else kept[1],
             num_tokens,
             side,
             hidden_size,
             HAS_BIAS=bias is not None,
-            SCALAR_GATE=gate.numel() == 1,
-            BLOCK_TOKENS=BLOCK_TOKENS,
+            HAS_STATE=state is not None,
+            SCALAR_GATE=gate is not None and gate.numel() == 1,
+            KEEPS=kept is not None,
+            BLOCK_TOKENS=block_tokens,
             BLOCK_SIDE=block_side,
-            BLOCK_HIDDEN=BLOCK_BYTES // hidden.element_size(),
+            BLOCK_HIDDEN=BLOCK_BYTES // hidden.element_size() if kept is None else GROUP_SIZE,
             num_warps=NUM_WARPS,
         )
 

@@ -11,7 +11,7 @@ a model without a language-model head). With `start="exact"` up begins at zero, 
 starts bit for bit as the backbone; "lst", "lst_merged" and "qst" start as the papers' code does.
 
 Bytes kept for backward, in elements a token and layer: nothing of the backbone but the taps. A
-"linear" (LST) or "low_rank" (QST) tap keeps `hidden` (one byte each with `kept="float8"`),
+"linear" (LST) or "low_rank" (QST) tap keeps `hidden` (33 bytes for 32 with `kept="float8"`),
 "pooled" and "projected" taps nothing; the side's blocks keep about 19 side, with `checkpoint` 1.
 Weights grow by about 1/reduction² of the blocks' and by taps, hidden · side for each linear one or
 for all projected ones together. A step costs a forward of the backbone and about 3/reduction² more.

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from memrt.kernels.ladder import _down, _mix, ladder_down, ladder_mix, ladder_reference
+from memrt.kernels.ladder import (
+    _down,
+    _mix,
+    _workspace_bytes,
+    ladder_down,
+    ladder_mix,
+    ladder_reference,
+)
 from memrt.kernels.ladder_gradients import _gradients, _gradients_workspace_bytes
 from tests.kernels.live_bytes import LiveBytes
 
@@ -124,7 +131,7 @@ def test_what_is_kept_is_the_tap_and_one_difference() -> None:
     narrow = kept(kind="float8", dtype=torch.bfloat16)
     assert narrow == {
         torch.float8_e4m3fn: tokens * HIDDEN,
-        torch.float32: tokens,
+        torch.uint8: tokens * 2,  # groups of 32 and of 8
         torch.bfloat16: tokens * SIDE,
     }
 
@@ -194,6 +201,20 @@ def test_workspace_of_backward_is_what_the_body_allocates() -> None:
         declared = _gradients_workspace_bytes(*given)
         small = 16 * SIDE  # the gate in another dtype, and one less it
         assert seen.peak_bytes <= outputs + declared + small
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_workspace_of_eight_bits_is_what_the_body_allocates(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(400, 320, generator=generator).to(dtype)
+    weight, state = hidden[:SIDE], torch.zeros(400, SIDE)
+    for given in ((hidden, weight, None, None, None), (hidden, weight, None, state, torch.ones(1))):
+        with LiveBytes([value for value in given if isinstance(value, Tensor)]) as seen:
+            left = _down._init_fn(*given, True)
+        outputs = sum(value.numel() * value.element_size() for value in left)
+        declared = _workspace_bytes(*given, True)
+        groups = 8 * 4 * 400 * 10  # numbers of a group
+        assert outputs + declared / 2 <= seen.peak_bytes <= outputs + declared + groups
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from memrt.kernels.ladder import ladder_down, ladder_reference
+from memrt.kernels.ladder import _down, ladder_down, ladder_reference
 from memrt.kernels.ladder_gradients import strips_of
+from memrt.kernels.microscaled_fp8 import microscale
 from tests.kernels.aot import ARCHITECTURES, SHARED_LIMIT_BYTES, compile_ahead
 from tests.kernels.interpreter import call_interpreted
 
@@ -76,22 +77,26 @@ def test_the_interpreted_kernel_is_as_close_to_fp64_as_the_reference() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("keeps", [False, True], ids=["exact", "float8"])
 def test_it_compiles_for_every_architecture_without_spills(
-    dtype: str, record_property: Callable[[str, object], None]
+    keeps: bool, dtype: str, record_property: Callable[[str, object], None]
 ) -> None:
     found = compile_ahead(
         "memrt.kernels._triton.ladder:ladder_down_kernel",
         {
             **dict.fromkeys(TENSORS, f"*{dtype}"),
             "gate_ptr": "*fp32",
+            **dict.fromkeys(("codes_ptr", "exponents_ptr"), "*u8" if keeps else f"*{dtype}"),
             **dict.fromkeys(("num_tokens", "side", "hidden_size"), "i32"),
         },
         {
             "HAS_BIAS": True,
+            "HAS_STATE": True,
             "SCALAR_GATE": False,
-            "BLOCK_TOKENS": 64,
+            "KEEPS": keeps,
+            "BLOCK_TOKENS": 32 if keeps and dtype == "fp32" else 64,
             "BLOCK_SIDE": 64,
-            "BLOCK_HIDDEN": 32 if dtype == "bf16" else 16,
+            "BLOCK_HIDDEN": 32 if keeps or dtype == "bf16" else 16,
         },
         num_warps=8,
     )
@@ -236,6 +241,11 @@ def test_a_gpu_is_as_close_to_fp64_as_the_reference() -> None:
         moved = [None if v is None else v.cuda() for v in inputs_of(call, dtype)]
         moved[4] = call["gate"].cuda()
         moved[1].requires_grad_()
+        given = moved[0], moved[1], moved[2], moved[3], moved[4], True
+        codes, exponents = microscale(call["hidden"])
+        for kept in (_down(*given)[2:], _down(*moved[:3], None, None, True)[2:]):
+            assert torch.equal(kept[0].cpu().view(torch.uint8), codes.view(torch.uint8))
+            assert torch.equal(kept[1].cpu(), exponents)
         truth = ladder_reference(*inputs_of(call, torch.float64))
         plain = ladder_reference(*inputs_of(call, dtype))
         limit = 2 * (plain.double() - truth).norm() + torch.finfo(dtype).eps * truth.norm()

@@ -224,7 +224,7 @@ def test_the_ledger_shows_each_tap_s_bytes() -> None:
         for options in ("taps='pooled'", "taps='linear'", "taps='linear', kept='float8'")
     )
     assert linear - pooled == states * tokens * 64 * 4
-    assert float8 - pooled == states * tokens * (64 + 4)
+    assert float8 - pooled == states * tokens * (64 + 2)
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "plain"])
