@@ -69,16 +69,22 @@ def int8_quantize(weight: Tensor, axis: int) -> Tensor:
     _check(weight.shape, axis)
     packed = torch.zeros(int8_bytes(weight.shape, axis), dtype=torch.uint8, device=weight.device)
     codes, scales = _parts(packed, weight.shape, axis)
+    room = weight.new_empty(_piece_elements(weight.shape), dtype=torch.float32)
     for rows in _pieces(weight.shape):
-        found = weight[rows].float().abs().amax(dim=1 - axis, keepdim=True)
+        found = _copied(weight[rows], room).abs_().amax(dim=1 - axis, keepdim=True)
         target = scales[rows] if axis == 0 else scales
         torch.maximum(target, found, out=target)
     scales /= LARGEST_CODE
     divisor = torch.where(scales > 0, scales, 1.0)
     for rows in _pieces(weight.shape):
-        piece = weight[rows].float() / (divisor[rows] if axis == 0 else divisor)
-        codes[rows] = piece.round_().to(torch.int8)
+        piece = _copied(weight[rows], room).div_(divisor[rows] if axis == 0 else divisor)
+        codes[rows].copy_(piece.round_())
     return packed
+
+
+def _copied(piece: Tensor, room: Tensor) -> Tensor:
+    """A piece in fp32, in memory that is there."""
+    return room[: piece.numel()].view(piece.shape).copy_(piece)
 
 
 @int8_quantize.register_fake
@@ -108,9 +114,8 @@ def _(packed: Tensor, shape: Sequence[int], axis: int, dtype: torch.dtype) -> Te
 
 
 def quantize_workspace_bytes(weight: Tensor, axis: int) -> int:
-    """An fp32 copy of a piece, another beside it, its codes, and the scales twice."""
-    piece = _piece_elements(weight.shape)
-    return (4 + 4 + 1) * piece + 8 * weight.shape[axis]
+    """An fp32 copy of a piece, and the scales twice."""
+    return 4 * _piece_elements(weight.shape) + 8 * weight.shape[axis]
 
 
 def dequantize_workspace_bytes(

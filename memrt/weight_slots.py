@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from memrt.initialization import tensor_names
+from memrt.machine import return_free_memory
 from memrt.profiling.accounts import Account
 from memrt.profiling.fake import is_fake
 
@@ -90,6 +91,8 @@ class WeightSlots:
                 owner = owner if result is tensor else strategy.name
                 tensor = result
                 del result
+        if owner != "model":
+            return_free_memory()  # of what the strategy needed meanwhile
         placed = self._put(name, tensor)
         placed._is_hf_initialized = True  # type: ignore[attr-defined]
         if self._ledger is not None:

@@ -393,10 +393,46 @@ def test_the_ledger_names_the_strategy_that_made_a_weight() -> None:
     assert end.owners["model"] == sum(t.nbytes for t in tensors(model).values()) - codes
 
 
-def test_host_memory_of_the_process(tmp_path: Path) -> None:
-    """What Linux counts, file pages included, which a memory-mapped file would add to."""
+HOST_MEMORY = """
+    import sys
+    from pathlib import Path
+    from memrt.loading import load
+    from transformers import LlamaForCausalLM
+
+    def peak():
+        text = Path("/proc/self/status").read_text()
+        return int(text.split("VmHWM:")[1].split()[0]) * 1024
+
+    folder, small, *strategies = sys.argv[1:]
+    load(small, strategies)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    model = load(folder, strategies, dtype="bfloat16")
+    print(peak() - before, sum(p.nbytes for p in model.parameters()))
+"""
+
+
+def host_memory(tmp_path: Path, *strategies: str) -> tuple[int, int]:
+    """By how much the peak of a process grows while it loads a model, and the model's bytes.
+
+    What Linux counts, file pages included, which a memory-mapped file would add to.
+    """
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux's /proc to read and reset the peak")
+    save(CONFIGS["llama"](), tmp_path / "small")
+    script, folders = textwrap.dedent(HOST_MEMORY), (str(tmp_path), str(tmp_path / "small"))
+    done = subprocess.run(
+        [sys.executable, "-c", script, *folders, *strategies],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    grown, result = (int(part) for part in done.stdout.split())
+    return grown, result
+
+
+def test_host_memory_of_the_process(tmp_path: Path) -> None:
     config = transformers.LlamaConfig(
         hidden_size=512,
         intermediate_size=512,
@@ -405,35 +441,26 @@ def test_host_memory_of_the_process(tmp_path: Path) -> None:
         vocab_size=24576,
     )
     save(config, tmp_path)
-    script = """
-        import sys
-        from pathlib import Path
-        from memrt.loading import load
-        from transformers import LlamaForCausalLM
-
-        def peak():
-            text = Path("/proc/self/status").read_text()
-            return int(text.split("VmHWM:")[1].split()[0]) * 1024
-
-        load(sys.argv[2])
-        Path("/proc/self/clear_refs").write_text("5")
-        before = peak()
-        model = load(sys.argv[1], dtype="bfloat16")
-        print(peak() - before, sum(p.nbytes for p in model.parameters()))
-    """
-    save(CONFIGS["llama"](), tmp_path / "small")
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(tmp_path / "small")],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
-    grown, result = (int(part) for part in done.stdout.split())
+    grown, result = host_memory(tmp_path)
     stored = (tmp_path / "model.safetensors").stat().st_size
     allowed = result + largest_stored(tmp_path) + 8 * 2**20  # code pages, allocator
     assert allowed < result + stored  # else the test could not tell
     assert grown <= allowed
+
+
+def test_host_memory_while_weights_are_packed(tmp_path: Path) -> None:
+    """The result and a layer: temporaries leave no holes between the weights that stay."""
+    config = transformers.LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2048,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        vocab_size=64,
+    )
+    save(config, tmp_path)
+    grown, result = host_memory(tmp_path, "int8")
+    layer = (tmp_path / "model.safetensors").stat().st_size / 8 / 2  # in bf16
+    assert grown <= result + layer + 8 * 2**20  # code pages, allocator
 
 
 # -------------------------------------------------------------------- fake tensors
