@@ -58,7 +58,7 @@ def return_free_memory() -> None:
     """Give the system what the C library holds and nobody uses, where it can (glibc).
 
     Temporaries between tensors that stay leave holes, which the library keeps: packing a model into
-    int8 held three times its result.
+    int8 held twice its result.
     """
     trim = getattr(_c_library(), "malloc_trim", None)
     if trim is not None:

@@ -6,6 +6,7 @@ hangs costs its own row, and the process that comes next leaves out what has one
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -79,7 +80,8 @@ def _arguments(part: PartFile, files: Sequence[Path]) -> Iterator[str]:
 
 
 def run(part: PartFile, files: Sequence[Path]) -> None:
-    """Run what has no row yet."""
+    """Run what has no row yet, one test after another: the card is one, and so is the row."""
+    os.environ.pop("PYTEST_ADDOPTS", None)  # may ask for several processes
     code = pytest.main([*_arguments(part, files)], plugins=[_Rows(part)])
     part.add("exit_code", int(code))
     if code in _BROKEN or not part.rows:

@@ -596,7 +596,12 @@ run(PartFile(setting, "tests", case_seconds=2), sorted(folder.glob("test_*.py"))
 """
     codes = [
         subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False, capture_output=True
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "PYTEST_ADDOPTS": "--numprocesses 2"},
+            timeout=60,
+            check=False,
+            capture_output=True,
         ).returncode
         for _ in range(2)
     ]

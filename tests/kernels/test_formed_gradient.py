@@ -75,6 +75,7 @@ def test_norms_and_scaling_by_channel(shape: tuple[int, int], dtype: torch.dtype
             assert bool(near.all())
 
 
+@pytest.mark.parametrize("_blocks", [2**25], ids=["whole"], indirect=True)
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "rounded stochastically"])
 def test_compiled_pieces_give_the_same_norms_and_weights(
