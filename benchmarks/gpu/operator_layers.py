@@ -31,6 +31,7 @@ from memrt.kernels.int8_weights import (
     int8_quantize_reference,
 )
 from memrt.kernels.ladder import ladder_down, ladder_mix, ladder_reference
+from memrt.kernels.microscaled_fp8 import microscale, restore
 from memrt.kernels.nf4 import (
     nf4_dequantize,
     nf4_dequantize_reference,
@@ -181,6 +182,25 @@ def _int8_codes(setting: Setting) -> dict[str, Any]:
     )
 
 
+def _tap_codes(setting: Setting, dtype: torch.dtype) -> dict[str, Any]:
+    """Eight bits of a hidden state, which a rung writes while it multiplies: the CPU's bits."""
+    generator = torch.Generator().manual_seed(23)
+    given = {
+        "hidden": torch.randn(321, 200, generator=generator),
+        "weight": torch.randn(72, 200, generator=generator),
+    }
+    hidden, weight = rounded(given, dtype).values()
+    moved = hidden.to(setting.device), weight.to(setting.device)
+    *_, ours, powers = torch.ops.memrt.ladder_down(*moved, None, None, None, True)
+    codes, exponents = microscale(hidden)
+    different = {
+        "codes": float((ours.cpu().view(torch.uint8) != codes.view(torch.uint8)).float().mean()),
+        "exponents": float((powers.cpu() != exponents).float().mean()),
+    }
+    back = restore(ours, powers, torch.float32)
+    return codes_row({"dense": error(back, hidden.double())}, {"dense": FLOAT8_ROUNDING}, different)
+
+
 def _uniform_int4(setting: Setting) -> dict[str, Any]:
     """Four-bit codes of a basis and what they stand for: the CPU's bits."""
     values = torch.randn(321, 201, generator=torch.Generator().manual_seed(22))
@@ -249,6 +269,7 @@ def cases(setting: Setting) -> dict[str, Callable[[], dict[str, Any]]]:
                 found[f"ladder_down {kind} kept={kept} gate={gate}"] = partial(
                     _ladder, setting, dtype, kept=kept, vector=gate == "vector"
                 )
+        found[f"microscaled_fp8 codes {kind}"] = partial(_tap_codes, setting, dtype)
         found[f"ladder_mix {kind}"] = partial(_mix, setting, dtype)
         found[f"frozen_linear int8 {kind}"] = partial(
             _frozen, setting, dtype, pack=lambda w: int8_quantize(w, 0), dense=_int8_dense
