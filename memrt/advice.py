@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from memrt import registry
-from memrt.candidates import WHY, Rung, rungs
+from memrt.candidates import Rung, bring_parameters, rungs, why
 from memrt.gpus import next_card
 from memrt.profiling.report import format_bytes
 
@@ -88,7 +88,7 @@ def advise(
         accumulation_steps=planned.shape.accumulation_steps,
     )
     for adds, found in _added(strategies, _additions(planned, strategies, ladder), plan_of):
-        what = "; ".join(f"{_bare(name)}: {_why(name, strategies)}" for name in adds)
+        what = "; ".join(f"{_bare(name)}: {why(_bare(name), strategies)}" for name in adds)
         remedies.append(remedy_of(f"add {', '.join(adds)} ({what})", found))
         if found.fits or len(remedies) >= MAX_PLANS - 2:
             break
@@ -143,7 +143,7 @@ def _additions(
     """What to add, from the least change; what cannot be enough is left out."""
     wanted = {"full fine-tuning", "full fine-tuning, 8-bit optimizer state"}
     wanted |= {"adapters on weights in 4 bits"}
-    wanted |= set() if _brings_parameters(strategies) else {"low-rank updates"}
+    wanted |= set() if bring_parameters(strategies) else {"low-rank updates"}
     for rung in ladder:
         if rung.title not in wanted or not (rung.adds or _has_room(planned)):
             continue
@@ -157,19 +157,7 @@ def _adds_to(spec: str, strategies: Sequence[Strategy]) -> bool:
     if any(strategy.name == _bare(spec) for strategy in strategies):
         return False
     brings = registry.strategy_class(_bare(spec)).brings_parameters
-    return not (brings and _brings_parameters(strategies))
-
-
-def _brings_parameters(strategies: Sequence[Strategy]) -> bool:
-    return any(strategy.brings_parameters for strategy in strategies)
-
-
-def _why(spec: str, strategies: Sequence[Strategy]) -> str:
-    """What it does to a run, which is no full fine-tuning where other parameters train."""
-    sentence = WHY[_bare(spec)]
-    if _brings_parameters(strategies):
-        return sentence.removeprefix("keeps full fine-tuning; ")
-    return sentence
+    return not (brings and bring_parameters(strategies))
 
 
 def _added(

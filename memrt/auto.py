@@ -26,7 +26,7 @@ from memrt.auto_search import (
     Candidate,
     Search,
 )
-from memrt.candidates import WHY, Rung, rungs
+from memrt.candidates import Rung, bring_parameters, rungs, why
 from memrt.gpus import Gpu
 from memrt.planning import Plan, Shape, facts_of, plan
 from memrt.profiling.report import format_bytes
@@ -148,7 +148,7 @@ def choose(
         facts=facts_of(model, dtype=dtype, settings=told, task=task),
         budget=card,
     )
-    for rung in _rungs(model, told):
+    for rung in _rungs(model, told, search.named):
         if full_parameters and not rung.trains_all:
             search.leave_out(rung, FULL)
         elif search.climb(rung):
@@ -156,12 +156,16 @@ def choose(
     return _outcome(search, shapes_are_free=window is None)
 
 
-def _rungs(model: Any, settings: RunSettings) -> list[Rung]:
-    return rungs(
+def _rungs(model: Any, settings: RunSettings, named: Sequence[Strategy]) -> list[Rung]:
+    found = rungs(
         hidden_size=hidden_size_of(model),
         max_grad_norm=settings.max_grad_norm,
         accumulation_steps=settings.accumulation_steps,
     )
+    if not bring_parameters(named):
+        return found
+    own = "what you named"
+    return [replace(each, title=each.title.replace("full fine-tuning", own)) for each in found]
 
 
 def _outcome(search: Search, *, shapes_are_free: bool) -> Choice:
@@ -176,7 +180,7 @@ def _outcome(search: Search, *, shapes_are_free: bool) -> Choice:
         plan=found,
         fits=search.chosen is not None,
         rung=rung.title,
-        reasons=tuple(_reason(each, search.named, found) for each in stack),
+        reasons=tuple(_reason(each, stack, search.named, found) for each in stack),
         candidates=tuple(search.candidates),
         remedies=tuple(remedies),
     )
@@ -199,10 +203,12 @@ def _some(stacks: Sequence[str]) -> str:
     return f"{stacks[0]} and {len(stacks) - 1} more that keep activations otherwise"
 
 
-def _reason(strategy: Strategy, named: Sequence[Strategy], found: Plan) -> str:
+def _reason(
+    strategy: Strategy, stack: Sequence[Strategy], named: Sequence[Strategy], found: Plan
+) -> str:
     if strategy in named:
         return f"{strategy}: you named it"
-    text = f"{strategy}: {WHY[strategy.name]}"
+    text = f"{strategy}: {why(strategy.name, stack)}"
     if strategy.name == "offload_activations":
         moved = format_bytes(found.transfer_bytes)
         text += f" ({moved} moved a step, {format_bytes(found.host_bytes['pinned'])} pinned)"

@@ -7,10 +7,14 @@ strategies and one of those ways.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-__all__ = ["ACTIVATIONS", "WHY", "Rung", "rungs"]
+if TYPE_CHECKING:
+    from memrt.strategy import Strategy
+
+__all__ = ["ACTIVATIONS", "WHY", "Rung", "bring_parameters", "rungs", "why"]
 
 ACTIVATIONS: tuple[tuple[str, ...], ...] = (
     (),
@@ -40,6 +44,19 @@ WHY: dict[str, str] = {
     "peft": "changes what is trained: LoRA adapters on frozen weights",
 }
 """What a strategy does to a run, in one sentence."""
+
+
+def why(name: str, strategies: Sequence[Strategy]) -> str:
+    """The sentence; where one of these brings what trains, nothing is fine-tuned as a whole."""
+    sentence = WHY[name]
+    if bring_parameters(strategies):
+        return sentence.removeprefix("keeps full fine-tuning; ")
+    return sentence
+
+
+def bring_parameters(strategies: Sequence[Strategy]) -> bool:
+    """Whether what trains comes from one of them."""
+    return any(strategy.brings_parameters for strategy in strategies)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

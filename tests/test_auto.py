@@ -120,6 +120,14 @@ def test_what_was_named_stays_and_nothing_collides_with_it() -> None:
         assert "int8_states" not in candidate.stack
 
 
+def test_what_trains_a_network_of_its_own_is_not_called_full_fine_tuning() -> None:
+    choice = _chosen(1024, "ladder(reduction=4)")
+    assert not choice.fits
+    assert "full fine-tuning" not in choice.explain()
+    titles = {candidate.rung for candidate in choice.candidates}
+    assert {"what you named", "what you named, 8-bit optimizer state"} <= titles
+
+
 def test_full_parameters_forbids_what_changes_what_is_trained() -> None:
     choice = _chosen(1024, full_parameters=True, dtype=torch.bfloat16)
     assert not choice.fits
