@@ -76,6 +76,58 @@ def test_the_interpreted_kernel_is_as_close_to_fp64_as_the_reference() -> None:
     assert torch.equal(found[-1]["mixed"], calls[-1]["state"])
 
 
+def rung(
+    hidden: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    gate: Tensor | None,
+    kept: str,
+    results: list[Tensor],
+) -> None:
+    """Fill `results`: Z and the gradients of weight, state and gate."""
+    given = [None if each is None else each.requires_grad_() for each in (state, gate)]
+    mixed = ladder_down(hidden, weight.requires_grad_(), None, *given, kept=kept)
+    mixed.backward(torch.linspace(-1, 1, mixed.numel()).view(mixed.shape).to(mixed.dtype))
+    leaves = [leaf for leaf in (weight, *given) if leaf is not None]
+    for result, found in zip(results, (mixed, *(leaf.grad for leaf in leaves)), strict=True):
+        assert found is not None
+        result.copy_(found.detach())
+        assert found.is_contiguous()
+    for leaf in leaves:
+        leaf.requires_grad_(False).grad = None
+
+
+def test_the_operator_hands_its_tensors_to_the_kernels() -> None:
+    """Leading dimensions, strides, with a state and alone, exact and in eight bits."""
+    generator = torch.Generator().manual_seed(3)
+    calls = []
+    for kept, alone in (("exact", False), ("float8", False), ("float8", True)):
+        hidden, weight, state = (
+            torch.randn(*shape, generator=generator)
+            for shape in ((3, 7, 2, 40), (24, 40), (3, 7, 24))
+        )
+        given = [] if alone else [state, torch.rand(24, generator=generator)]
+        calls.append(
+            {
+                "hidden": hidden[:, :, 0],
+                "weight": weight,
+                "state": None if alone else state,
+                "gate": None if alone else given[1],
+                "kept": kept,
+                "results": [
+                    torch.empty(3, 7, 24),
+                    torch.empty(24, 40),
+                    *map(torch.empty_like, given),
+                ],
+            }
+        )
+    found = call_interpreted("tests.kernels.test_ladder_triton:rung", calls)
+    for call, left in zip(calls, found, strict=True):
+        rung(**call)
+        for a, b in zip(left["results"], call["results"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("keeps", [False, True], ids=["exact", "float8"])
 def test_it_compiles_for_every_architecture_without_spills(
