@@ -42,9 +42,62 @@ def gate_of(gate_ptr, channels, is_channel, dtype: tl.constexpr, SCALAR_GATE: tl
 
 
 @triton.jit
-def mixed_of(down, state, difference, gate):
-    """Z, exact at both ends of the gate."""
-    return tl.where(gate < 0.5, down + gate * difference, state - (1 - gate) * difference)
+def store_mixed(down, state, gate, mixed_ptr, difference_ptr, offsets, mask):
+    """Write Z, exact at both ends of the gate, and S - D."""
+    difference = state - down
+    mixed = tl.where(gate < 0.5, down + gate * difference, state - (1 - gate) * difference)
+    tl.store(mixed_ptr + offsets, mixed.to(mixed_ptr.dtype.element_ty), mask=mask)
+    narrow = difference.to(difference_ptr.dtype.element_ty)
+    tl.store(difference_ptr + offsets, narrow, mask=mask)
+
+
+@triton.jit
+def product_of(
+    hidden_ptr,
+    weight_ptr,
+    codes_ptr,
+    exponents_ptr,
+    first_token,
+    first_channel,
+    is_token,
+    is_channel,
+    hidden_size,
+    KEEPS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_SIDE: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """H Wᵀ of a tile, fp32 [tokens, channels].
+
+    With `KEEPS` the first tile of some tokens keeps their codes; BLOCK_HIDDEN is a group's size.
+    """
+    row, column = tl.arange(0, BLOCK_TOKENS)[:, None], tl.arange(0, BLOCK_SIDE)
+    # offsets inside a tile have 32 bits: with 64 they would not fit into the registers
+    hidden_ptr += first_token * hidden_size
+    weight_ptr += first_channel.to(tl.int64) * hidden_size
+    down = tl.zeros((BLOCK_TOKENS, BLOCK_SIDE), dtype=tl.float32)
+    for first in range(0, hidden_size, BLOCK_HIDDEN):
+        inner = first + tl.arange(0, BLOCK_HIDDEN)
+        is_inner = inner < hidden_size
+        h = tl.load(
+            hidden_ptr + (row * hidden_size + inner[None, :]),
+            mask=is_token & is_inner[None, :],
+            other=0.0,
+        )
+        w = tl.load(
+            weight_ptr + (column[None, :] * hidden_size + inner[:, None]),
+            mask=is_channel[None, :] & is_inner[:, None],
+            other=0.0,
+        )
+        down = tl.dot(h, w, down, input_precision="ieee")
+        if KEEPS and first_channel == 0:
+            code, exponent = microscaled(h.to(tl.float32))
+            token = first_token + row
+            at = token * hidden_size + inner[None, :]
+            tl.store(codes_ptr + at, code, mask=is_token & is_inner[None, :])
+            at = token * tl.cdiv(hidden_size, BLOCK_HIDDEN) + first // BLOCK_HIDDEN
+            tl.store(exponents_ptr + at, exponent, mask=is_token)
+    return down
 
 
 @triton.jit
@@ -69,59 +122,44 @@ def ladder_down_kernel(
     BLOCK_SIDE: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
-    """Z and S - D of one tile; D is rounded to the dtype of H, as a linear layer's output is.
-
-    Without a state Z is D. With `KEEPS` BLOCK_HIDDEN is a group's size.
-    """
+    """Z and S - D, or D, of one tile; D is rounded to the dtype of H, as a linear layer's is."""
     tiles = tl.cdiv(side, BLOCK_SIDE)
     program = tl.program_id(0)
     first_token = (program // tiles).to(tl.int64) * BLOCK_TOKENS
     first_channel = (program % tiles) * BLOCK_SIDE
     row, column = tl.arange(0, BLOCK_TOKENS)[:, None], tl.arange(0, BLOCK_SIDE)
     is_token, is_channel = first_token + row < num_tokens, first_channel + column < side
-    # offsets inside a tile have 32 bits: with 64 they would not fit into the registers
-    hidden_ptr += first_token * hidden_size
-    weight_ptr += first_channel.to(tl.int64) * hidden_size
-
-    down = tl.zeros((BLOCK_TOKENS, BLOCK_SIDE), dtype=tl.float32)
-    for first in range(0, hidden_size, BLOCK_HIDDEN):
-        inner = first + tl.arange(0, BLOCK_HIDDEN)
-        is_inner = inner < hidden_size
-        h = tl.load(
-            hidden_ptr + (row * hidden_size + inner[None, :]),
-            mask=is_token & is_inner[None, :],
-            other=0.0,
-        )
-        w = tl.load(
-            weight_ptr + (column[None, :] * hidden_size + inner[:, None]),
-            mask=is_channel[None, :] & is_inner[:, None],
-            other=0.0,
-        )
-        down = tl.dot(h, w, down, input_precision="ieee")
-        if KEEPS and first_channel == 0:
-            code, exponent = microscaled(h.to(tl.float32))
-            token = first_token + row
-            at = token * hidden_size + inner[None, :]
-            tl.store(codes_ptr + at, code, mask=is_token & is_inner[None, :])
-            at = token * tl.cdiv(hidden_size, BLOCK_HIDDEN) + first // BLOCK_HIDDEN
-            tl.store(exponents_ptr + at, exponent, mask=is_token)
+    down = product_of(
+        hidden_ptr,
+        weight_ptr,
+        codes_ptr,
+        exponents_ptr,
+        first_token,
+        first_channel,
+        is_token,
+        is_channel,
+        hidden_size,
+        KEEPS,
+        BLOCK_TOKENS,
+        BLOCK_SIDE,
+        BLOCK_HIDDEN,
+    )
     channels = first_channel + column
     if HAS_BIAS:
         down += tl.load(bias_ptr + channels, mask=is_channel, other=0.0).to(tl.float32)[None, :]
     down = down.to(hidden_ptr.dtype.element_ty).to(tl.float32)
 
+    mixed_ptr += first_token * side
     offsets = row * side + channels[None, :]
     mask = is_token & is_channel[None, :]
-    start = first_token * side
-    mixed = down
     if HAS_STATE:
-        state = tl.load(state_ptr + start + offsets, mask=mask, other=0.0).to(tl.float32)
+        state_ptr += first_token * side
+        difference_ptr += first_token * side
+        state = tl.load(state_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         gate = gate_of(gate_ptr, channels, is_channel, state_ptr.dtype.element_ty, SCALAR_GATE)
-        difference = state - down
-        mixed = mixed_of(down, state, difference, gate)
-        narrow = difference.to(difference_ptr.dtype.element_ty)
-        tl.store(difference_ptr + start + offsets, narrow, mask=mask)
-    tl.store(mixed_ptr + start + offsets, mixed.to(mixed_ptr.dtype.element_ty), mask=mask)
+        store_mixed(down, state, gate, mixed_ptr, difference_ptr, offsets, mask)
+    else:
+        tl.store(mixed_ptr + offsets, down.to(mixed_ptr.dtype.element_ty), mask=mask)
 
 
 def launch(
@@ -196,11 +234,7 @@ def ladder_mix_kernel(
     down = tl.load(down_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     state = tl.load(state_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     gate = gate_of(gate_ptr, channels, is_channel, state_ptr.dtype.element_ty, SCALAR_GATE)
-    difference = state - down
-    mixed = mixed_of(down, state, difference, gate)
-    tl.store(mixed_ptr + offsets, mixed.to(mixed_ptr.dtype.element_ty), mask=mask)
-    narrow = difference.to(difference_ptr.dtype.element_ty)
-    tl.store(difference_ptr + offsets, narrow, mask=mask)
+    store_mixed(down, state, gate, mixed_ptr, difference_ptr, offsets, mask)
 
 
 @triton.jit
