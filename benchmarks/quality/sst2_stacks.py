@@ -76,11 +76,6 @@ RATES: dict[str, Rates] = {
         reason="its taps begin at random, and so have further to go than linear ones",
         seeds=2,
     ),
-    "pooled_ladder": Rates(
-        rates=(3e-4, 5e-4, 1e-3),
-        reason="its taps learn nothing, and its blocks begin at random",
-        seeds=2,
-    ),
 }
 
 _FREE = {"max_grad_norm": 0.0}  # one pass has no norm to clip by
@@ -90,7 +85,7 @@ _GALORE = "galore(rank=96, every=20, scale=1.0)"
 _BADAM = "badam(every=14, order='descending', head='always')"  # the head is new
 _LISA = "lisa(layers=2, every=10)"
 _LADDER = "ladder(reduction=3, init='principal')"  # on held-out rows better than 4
-_POOLED = "reduction=2, taps='pooled', init='random'"  # better there than cut out of the model's
+_POOLED = "reduction=2, taps='pooled', init='principal'"  # better there than random ones
 
 STACKS: dict[str, Stack] = {
     BASELINE: Stack(),
@@ -135,9 +130,9 @@ STACKS: dict[str, Stack] = {
         rates="ladder",
         probes=True,
     ),
-    "ladder, pooled taps": Stack(strategies=(f"ladder({_POOLED})",), rates="pooled_ladder"),
+    "ladder, pooled taps": Stack(strategies=(f"ladder({_POOLED})",), rates="ladder", probes=True),
     "ladder, pooled taps, checkpointed": Stack(
-        strategies=(f"ladder({_POOLED}, checkpoint=True)",), rates="pooled_ladder"
+        strategies=(f"ladder({_POOLED}, checkpoint=True)",), rates="ladder", probes=True
     ),
     "activation_checkpoint + offload_activations": Stack(
         strategies=("activation_checkpoint", "offload_activations")

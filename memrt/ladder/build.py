@@ -25,7 +25,7 @@ from memrt.ladder.attach import (
 )
 from memrt.ladder.fisher import Scores, fisher_scores
 from memrt.ladder.narrowing import Narrowing, Projection, Selection
-from memrt.ladder.principal import principal_directions
+from memrt.ladder.principal import pooled_directions, principal_directions
 from memrt.ladder.prune import copy_hidden, copy_pruned, hidden_channels
 from memrt.ladder.roles import Cut, check_prunable, linears
 from memrt.ladder.rung import EncoderEnd, Join, Rung, Stream
@@ -143,13 +143,14 @@ def _kept(run: Session, settings: Settings) -> _Kept | None:
     cuts = [_cut(run.model, stack, settings.reduction) for stack in stacks]
     blocks = [layer for stack in stacks for layer in stack.layers]
     if settings.init == "principal":
-        found = principal_directions(
+        directions = pooled_directions if settings.taps == "pooled" else principal_directions
+        found = directions(
             run,
             [stack.layers for stack in stacks],
             side=cuts[0].narrow.hidden,
             count=settings.probe_batches,
         )
-        return _Kept(narrowing=Projection(found.basis, found.energy), scores=None)
+        return _Kept(narrowing=found, scores=None)
     if settings.init == "fisher":
         weights = [
             module

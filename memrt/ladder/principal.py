@@ -15,6 +15,9 @@ weight that reads the hidden state becomes W U, one that writes it Uᵀ W. all-M
 channels, SST-2) has .56 to .82 of a layer's energy in 96 directions, where the 96 channels of the
 largest weights have .12 to .32 and random directions .25.
 
+Beside taps that sum neighbouring channels the directions are theirs, and M says what a hidden state
+most likely was that has such sums (`memrt.ladder.narrowing`).
+
 Bytes: M, a copy of it in fp64 and its eigenvectors, 20 hidden² in all, and what the solver takes
 inside; freed before the side network is built. U takes hidden · side · 4. Time: a forward a batch,
 2 · hidden² operations a token and layer, and one eigendecomposition of hidden x hidden.
@@ -28,7 +31,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,28 +39,38 @@ from torch.nn import functional
 
 from memrt.kernels.finite import all_finite
 from memrt.kernels.mixed_precision import block_rows
+from memrt.ladder.narrowing import Projection
 from memrt.ladder.probing import probe_batches, resting_model
 
 if TYPE_CHECKING:
     from memrt.session import Session
 
-__all__ = ["Principal", "principal_directions"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Principal:
-    """A basis and what it holds."""
-
-    basis: Tensor
-    """U [hidden, side], fp32, orthonormal columns."""
-    energy: Tensor
-    """0-dim: the mean squared length of Uᵀx for a hidden state x of length 1."""
+__all__ = ["pooled_directions", "principal_directions"]
 
 
 def principal_directions(
     run: Session, stacks: Sequence[Sequence[nn.Module]], *, side: int, count: int
-) -> Principal:
+) -> Projection:
     """The `side` leading directions of what flows through `stacks` on `count` probe batches."""
+    matrix = _moments(run, stacks, count)
+    values, vectors = torch.linalg.eigh(matrix.double())  # by rising eigenvalue
+    energy = values[-side:].sum() / values.sum()
+    basis = vectors[:, -side:].flip(1)
+    largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
+    basis = (basis * largest.sign()).float()  # an eigenvector's sign is anybody's
+    return Projection(basis=basis, energy=energy.float(), reading=basis)
+
+
+def pooled_directions(
+    run: Session, stacks: Sequence[Sequence[nn.Module]], *, side: int, count: int
+) -> Projection:
+    """Sums of neighbouring channels, and what they say of all that flows through `stacks`."""
+    matrix = _moments(run, stacks, count)
+    return Projection.pooling(matrix.shape[0], side, device=matrix.device, moments=matrix)
+
+
+def _moments(run: Session, stacks: Sequence[Sequence[nn.Module]], count: int) -> Tensor:
+    """M [hidden, hidden] on `count` probe batches, fp32."""
     total = _Total()
     with run.phase("probe"), torch.no_grad(), resting_model(run.model), _watching(stacks, total):
         for batch in probe_batches(run, count, init="principal"):
@@ -70,17 +82,12 @@ def principal_directions(
             "init='principal': the hidden states of the probe set are not finite; use another "
             "probe set, or init='magnitude'"
         )
-    values, vectors = torch.linalg.eigh(matrix.double())  # by rising eigenvalue
-    energy = values[-side:].sum() / values.sum()
-    if not all_finite([energy]):
+    if not all_finite([matrix.trace().reciprocal()]):
         raise ValueError(
             "init='principal': no position of the probe set counts (attention_mask or labels hide "
             "all), or every hidden state is zero; use another probe set, or init='magnitude'"
         )
-    basis = vectors[:, -side:].flip(1)
-    largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
-    basis = basis * largest.sign()  # an eigenvector's sign is anybody's
-    return Principal(basis=basis.float(), energy=energy.float())
+    return matrix
 
 
 class _Total:

@@ -81,7 +81,8 @@ class Ladder(Strategy):
         and half of the side's, at first) or "qst" (the papers').
     init: the side's first weights: "magnitude" (cut out of the backbone's, the largest), "fisher"
         (those that the loss on a probe set depends on most), "principal" (its products with the
-        directions in which the hidden states of a probe set lie), "random", or "auto" ("magnitude"
+        directions in which the hidden states of a probe set lie, or with the best guess of them
+        from pooled taps), "random", or "auto" ("magnitude"
         where pruning knows every weight of the blocks; experts it does not). What looks at data
         needs `probe_dataset` of the Trainer or `probe_batches` of `memrt.prepare`.
     probe_batches: how many batches of the probe set "fisher" and "principal" look at.
@@ -141,11 +142,6 @@ class Ladder(Strategy):
             raise ValueError(
                 f"probe_batches={self.probe_batches}: init={self.init!r} looks at no data; use "
                 "init='principal' or 'fisher', or leave probe_batches out"
-            )
-        if self.init == "principal" and self.taps == "pooled":
-            raise ValueError(
-                "init='principal' makes the side of other directions than taps='pooled' takes; use "
-                "taps='projected'"
             )
         self._check_layers()
 
@@ -259,7 +255,7 @@ class Ladder(Strategy):
         if self.taps not in FIXED_TAPS and self.kept == "exact":
             eighth = replace(again, kept="float8")
             found.append((eighth, "its taps keep hidden states in 8 bits"))
-        if self.taps not in FIXED_TAPS and self.init != "principal":
+        if self.taps not in FIXED_TAPS:
             pooled = replace(again, taps="pooled", kept="exact")
             found.append((pooled, "its taps learn nothing and keep nothing"))
         return found

@@ -16,7 +16,7 @@ from memrt import registry
 from memrt.errors import ConflictError
 from memrt.ladder.attach import CHILD
 from memrt.ladder.narrowing import Projection, Selection
-from memrt.ladder.principal import Principal, principal_directions
+from memrt.ladder.principal import pooled_directions, principal_directions
 from memrt.planning import plan
 from memrt.profiling.ledger import Ledger
 from memrt.runner import copied, start, train_step
@@ -34,10 +34,13 @@ def source(family: str) -> Callable[[int], Iterator[dict[str, Tensor]]]:
     return lambda count: iter(tiny_batches(family, count=count, seed=7))
 
 
-def directions(model: nn.Module, family: str, *, side: int) -> Principal:
+def directions(
+    model: nn.Module, family: str, *, side: int, find: Any = principal_directions
+) -> Projection:
     run = Session(model, [], probe_batches=source(family))
     stacks = [stack.layers for stack in run.facts.structure.stacks]
-    return principal_directions(run, stacks, side=side, count=2)
+    found: Projection = find(run, stacks, side=side, count=2)
+    return found
 
 
 # ---------------------------------------------------------------- the directions
@@ -92,7 +95,54 @@ def test_of_several_bases_it_is_the_best_for_its_width() -> None:
     assert (x @ found.basis).norm() > 1.2 * (x @ drawn).norm()
 
 
+def test_of_sums_of_channels_the_least_squares_guess_the_rest() -> None:
+    """Of every token and layer, as `torch.linalg.lstsq` does in fp64; sums alone say less."""
+    torch.manual_seed(0)
+    model: Any = tiny_model("llama").eval()
+    mixing = torch.randn(32, 32) * torch.linspace(2, 0.05, 32)  # some directions hold more
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight @ mixing.t())
+    found = directions(model, "llama", side=16, find=pooled_directions)
+    pool = torch.eye(16).repeat_interleave(2, dim=0) * 2**-0.5
+    assert torch.equal(found.basis, pool)
+    states: list[Tensor] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, args, out: states.append(out))
+    with torch.no_grad():
+        for batch in source("llama")(2):
+            model(**batch)
+            keep = batch["attention_mask"].bool()
+            states[:] = [state[keep] if state.ndim == 3 else state for state in states]
+    x = torch.nn.functional.normalize(torch.cat(states).double(), dim=1)
+    sums = x @ pool.double()
+    assert found.energy.item() == pytest.approx(float(sums.square().sum(dim=1).mean()), abs=1e-5)
+
+    def left(reading: Tensor) -> float:
+        return float((x - sums @ reading.double().t()).square().sum(dim=1).mean())
+
+    best = left(torch.linalg.lstsq(sums, x).solution.t())
+    assert left(found.reading) <= 1.02 * best  # the ridge
+    assert left(found.reading) < 0.8 * left(pool)
+
+
 # ---------------------------------------------------------------- the weights
+
+
+def test_pooled_taps_read_by_the_guess_and_write_sums() -> None:
+    model: Any = tiny_model("llama", hidden=64)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = directions(model, "llama", side=32, find=pooled_directions)
+    spec = PRINCIPAL.replace("(", "(taps='pooled', ", 1)
+    memrt.prepare(model, [spec], probe_batches=source("llama"))
+    for index, layer in enumerate(model.model.layers):
+        side, prefix = layer.ladder.block.mlp, f"model.layers.{index}.mlp"
+        up, down = (weights[f"{prefix}.{n}_proj.weight"] for n in ("up", "down"))
+        read = up @ found.reading
+        kept = torch.cdist(side.up_proj.weight.detach(), read).argmin(dim=1)
+        assert len(set(kept.tolist())) == len(kept)
+        torch.testing.assert_close(side.up_proj.weight.detach(), read[kept])
+        torch.testing.assert_close(side.down_proj.weight.detach(), found.basis.t() @ down[:, kept])
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -134,7 +184,7 @@ def test_in_all_directions_a_side_block_is_the_backbone_s_in_another_basis(famil
 def test_norms_keep_a_weight_s_mean_and_the_length_of_what_is_left() -> None:
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(64, 16)).Q
-    narrowing = Projection(basis=basis, energy=torch.tensor(0.75))
+    narrowing = Projection(basis=basis, energy=torch.tensor(0.75), reading=basis)
     norm = nn.LayerNorm(64)
     nn.init.normal_(norm.weight, 1.0, 0.1)
     nn.init.normal_(norm.bias)
@@ -155,6 +205,8 @@ def test_norms_keep_a_weight_s_mean_and_the_length_of_what_is_left() -> None:
     [
         *((family, taps) for family in FAMILIES for taps in ("linear", "projected")),
         ("llama", "low_rank"),
+        ("bert", "pooled"),
+        ("t5", "pooled"),
     ],
 )
 def test_it_starts_as_the_backbone_to_the_bit_trains_and_leaves_it_so(
@@ -249,7 +301,7 @@ def test_a_saved_side_network_needs_no_data(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- plan, Trainer, refusals
 
 
-@pytest.mark.parametrize("init", ["principal", "fisher"])
+@pytest.mark.parametrize("init", ["principal", "fisher", "principal', taps='pooled"])
 def test_a_plan_is_the_ledger_of_the_run_its_look_at_data_included(init: str) -> None:
     strategies = [PRINCIPAL.replace("principal", init)]
     config = tiny_config("llama", layers=7)
@@ -316,8 +368,6 @@ def test_a_probe_set_of_padding_alone_is_refused() -> None:
 
 
 def test_what_cannot_be_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="use taps='projected'"):
-        memrt.prepare(nn.Linear(2, 2), [PRINCIPAL.replace("(", "(taps='pooled', ", 1)])
     with pytest.raises(ValueError, match="taps='projected' keep nothing"):
         memrt.prepare(nn.Linear(2, 2), ["ladder(taps='projected', kept='float8')"])
     with pytest.raises(ConflictError, match=r"use ladder\(init='random'\)"):
