@@ -91,7 +91,7 @@ class WeightSlots:
                 owner = owner if result is tensor else strategy.name
                 tensor = result
                 del result
-        if owner != "model":
+        if owner != "model" and not is_fake(tensor):
             return_free_memory()  # of what the strategy needed meanwhile
         placed = self._put(name, tensor)
         placed._is_hf_initialized = True  # type: ignore[attr-defined]

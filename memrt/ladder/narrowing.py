@@ -100,7 +100,7 @@ class Projection:
         wide = basis.double()
         joint = moments.double() @ wide  # [hidden, side]
         own = wide.t() @ joint
-        energy = own.trace() / moments.double().trace()
+        energy = own.trace() / moments.trace()
         own.diagonal().add_(RIDGE * own.trace() / side)
         reading = torch.linalg.solve(own, joint.t()).t()
         return cls(basis=basis, energy=energy.float(), reading=reading.float().contiguous())

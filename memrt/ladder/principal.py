@@ -19,7 +19,8 @@ Beside taps that sum neighbouring channels the directions are theirs, and M says
 most likely was that has such sums (`memrt.ladder.narrowing`).
 
 Bytes: M, a copy of it in fp64 and its eigenvectors, 20 hidden² in all, and what the solver takes
-inside; freed before the side network is built. U takes hidden · side · 4. Time: a forward a batch,
+inside; beside pooled taps a few products of 8 hidden · side for the eigenvectors. Freed before the
+side network is built. U takes hidden · side · 4. Time: a forward a batch,
 2 · hidden² operations a token and layer, and one eigendecomposition of hidden x hidden.
 
 Source: principal components; as a basis for all layers of a transformer, SliceGPT (Ashkboos et al.
